@@ -1,0 +1,6 @@
+"""Plugs methods into a model at their sites and takes them out again."""
+
+from .report import Report
+from .run import Run, apply, watch
+
+__all__ = ["Report", "Run", "apply", "watch"]

@@ -1,0 +1,225 @@
+"""Counting for the report: what each site did, how many tokens each layer saw, and the FLOPs of the shapes that ran."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import Layout
+from ..method import Method
+from ..models import VisionLanguage
+from ..ops.flops import block_flops
+from ..tokens import Reduction, Tokens
+from .flow import Flow, Step
+from .report import ImageCount, Report, SiteCount
+
+if TYPE_CHECKING:
+    from .run import Run
+
+class Costs:
+    """Keeps references while the model runs and does its sums when asked, so that nothing waits for the device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.note = ""
+        self.clear()
+
+    def clear(self) -> None:
+        self.note = ""
+        self.flow: Flow | None = None
+        self.trail: list[Step] = []
+        self.sites: dict[tuple[str, str], list[Any]] = {}
+        self.length = 0
+        self.arrived: int | float = 0
+        self.real: Tensor | None = None
+        self.thinner: dict[int, tuple[int, Tensor]] = {}
+
+    # -- while it runs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout | None:
+        return None if self.flow is None else self.flow.layout
+
+    def begin(self, flow: Flow) -> None:
+        """A prefill with pictures starts in the language model; what the encoder did has been counted already."""
+        self.note, self.flow = "", flow
+        self.thinner.clear()
+
+    def text_only(self, cached: bool) -> None:
+        if not cached:
+            self.clear()
+            self.note = "the prompt shows no picture, so there was nothing to reduce; the model ran unchanged"
+
+    def count(self, site: str, method: Method, tokens: Tokens, reduction: Reduction) -> None:
+        entry = self.sites.setdefault((site, method.card.id), [tokens, reduction])
+        entry[1] = reduction
+
+    def enter(self, arrived: int, new: int, mask: Tensor | None) -> None:
+        """`new` tokens per prompt came to the language model's door and `arrived` went in."""
+        self.length, self.arrived = new, arrived
+        self.real = None if mask is None or mask.dim() != 2 else mask[:, -arrived:]
+
+    def thinned(self, layer: int, length: int, dropped: Tensor) -> None:
+        self.thinner[layer] = (length, dropped)
+
+    # -- when asked ----------------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        run = self.run
+        parameter = next(run.model.parameters())
+        ran, full = self._flops()
+        return Report(
+            method=run.spec,
+            model=type(run.model).__name__,
+            device=str(parameter.device),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            applied=bool(self.sites),
+            note=self.note,
+            images=self._images(),
+            sites=tuple(
+                SiteCount(site, name, _mean(tokens.mask, len(tokens)) - tokens.prefix, _mean(last.mask, last.k) - last.prefix)
+                for (site, name), (tokens, last) in self.sites.items()
+            ),
+            encoder_tokens=tuple(float(before) for before, _ in self._encoder_lengths()),
+            layer_tokens=tuple(self._layer_tokens()),
+            flops=ran,
+            flops_full=full,
+            seconds=run.clock.timings(),
+        )
+
+    def _images(self) -> tuple[ImageCount, ...]:
+        if self.layout is None or self.flow is None:
+            return self._pictures()
+        rows, layout = self.flow.scene.rows, self.flow.layout
+        left = [rows.slot.shape[1]] * layout.images if rows.mask is None else rows.mask.sum(1).tolist()
+        extra = layout.album.structure if self.flow.structure == "keep" else (0,) * layout.images
+        return tuple(
+            ImageCount(sample, image, layout.album.counts[image], left[image] + extra[image])
+            for image, sample in enumerate(layout.sample)
+        )
+
+    def _pictures(self) -> tuple[ImageCount, ...]:
+        """An encoder alone: every picture is an image."""
+        tokens = self.run.tokens
+        if tokens is None:
+            return ()
+        site = self.run.site
+        before = [site.patches] * tokens.features.shape[0]
+        if site.start_mask is not None:
+            before = (site.start_mask.sum(1) - self.run.encoder.prefix).tolist()
+        after = (tokens.count() - tokens.prefix).tolist()
+        return tuple(ImageCount(i, i, int(b), int(a)) for i, (b, a) in enumerate(zip(before, after, strict=True)))
+
+    def _encoder_lengths(self) -> list[tuple[int, int]]:
+        """Tokens at the attention and at the MLP of every encoder block in the last forward."""
+        site = self.run.site
+        if site.lengths:
+            return site.lengths
+        blocks = len(self.run.encoder.blocks)
+        if not self.run.encoder.packed:
+            start = site.patches if site.reduction is None else site.reduction.k - self.run.encoder.prefix
+            return [(start + self.run.encoder.prefix,) * 2] * blocks if site.pictures else []
+        return [(self.layout.patches // max(1, self.layout.images),) * 2] * blocks if self.layout else []
+
+    def _layer_tokens(self) -> list[float]:
+        view = self.run.view
+        if not isinstance(view, VisionLanguage) or not self.arrived:
+            return []
+        tokens = float(self.arrived) if self.real is None else self.real.sum(1).float().mean().item()
+        out, lost = [], 0.0
+        for layer in range(len(view.layers)):
+            if layer in self.thinner:
+                lost = self.thinner[layer][1].float().mean().item()
+            out.append(tokens - lost)
+        return out
+
+    def _flops(self) -> tuple[float, float]:
+        ran, full = self._encoder_flops()
+        view = self.run.view
+        if not isinstance(view, VisionLanguage) or self.layout is None or not self.arrived:
+            return ran, full
+        width, kv, mlp, gated = view.dims
+        length = self.arrived
+        for layer in range(len(view.layers)):
+            length = self.thinner[layer][0] if layer in self.thinner else length
+            ran += self.layout.batch * block_flops(int(length), width, mlp, kv_dim=kv, gated=gated)
+            full += self.layout.batch * block_flops(self.length, width, mlp, kv_dim=kv, gated=gated)
+        if view.projector is not None:
+            each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
+            full += each * self.layout.album.patches
+            ran += each * self.run.projected(self.layout.album.patches)
+        return ran, full
+
+    def _encoder_flops(self) -> tuple[float, float]:
+        lengths = self._encoder_lengths()
+        encoder = self.run.encoder
+        width, mlp, gated = encoder.dims
+        pictures = self.run.site.pictures if not encoder.packed else (len(self.layout.album) if self.layout else 0)
+        start = lengths[0][0] if encoder.packed and lengths else self.run.site.patches + encoder.prefix
+        ran = full = 0.0
+        for number, (before, after) in enumerate(lengths):
+            full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=encoder.keys(number, start))
+            ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=encoder.keys(number, before))
+        return ran, full
+
+    # -- pictures --------------------------------------------------------------------------------------------------------------
+
+    def assignment(self, image: int) -> list[Tensor]:
+        """See `Run.assignment`."""
+        site, layout = self.run.site, self.layout
+        images = layout.images if layout is not None else site.pictures
+        if not 0 <= image < images:
+            raise ValueError(f"the last forward had {images} images; there is no image {image}.")
+        place = layout.album.place if layout is not None else site.bare_place
+        assert place is not None
+        count = layout.album.counts[image] if layout is not None else place.unit.shape[1]
+        owner = torch.arange(count)
+        if site.reduction is not None:
+            owner = self._through_encoder(image, owner)
+        for step in self.trail if self.flow is None else self.flow.scene.trail:
+            owner = _follow(owner, step, image)
+        return _maps(owner, place, image, count)
+
+    def _through_encoder(self, image: int, owner: Tensor) -> Tensor:
+        """What the encoder's own reduction did to the slots of one image: each goes to its representative's slot."""
+        site, layout = self.run.site, self.layout
+        reduction, prefix = site.reduction, self.run.encoder.prefix
+        assert reduction is not None
+        assign, index = reduction.assign.cpu(), reduction.index.cpu()
+        patch = layout.album.source[image, : len(owner), 0].cpu() if layout is not None else owner + image * site.patches
+        picture, own = patch.clamp(min=0) // site.patches, patch.clamp(min=0) % site.patches
+        new = assign[picture, own + prefix]
+        target = index[picture, new.clamp(min=0)] - prefix + picture * site.patches
+        slot_of = torch.full((int(max(patch.max(), target.max())) + 1,), -1)
+        slot_of[patch.clamp(min=0)] = torch.arange(len(owner))
+        return torch.where((new < 0) | (patch < 0), -1, slot_of[target])
+
+
+def _follow(owner: Tensor, step: Step, image: int) -> Tensor:
+    """Owners (slots that represent each token) after one more reduction."""
+    slots, after = step.before.slot[image].cpu(), step.after.slot[image].cpu()
+    assign = step.reduction.assign[image].cpu()[step.prefix :]
+    went = torch.full((int(max(owner.max(), slots.max())) + 2,), -1)
+    real = torch.where(assign < 0, -1, after[assign.clamp(min=0)])
+    went[slots.flip(0)] = real.flip(0)  # padding repeats slot 0 at the end: the first one counts
+    return torch.where(owner < 0, -1, went[owner])
+
+
+def _maps(owner: Tensor, place: Any, image: int, count: int) -> list[Tensor]:
+    unit, row, col = (getattr(place, name)[image, :count].cpu() for name in ("unit", "row", "col"))
+    height, width = place.height[image, :count].cpu(), place.width[image, :count].cpu()
+    out = []
+    for number in range(int(unit.max()) + 1):
+        here = (unit == number).nonzero().flatten()
+        if len(here) == 0:
+            continue
+        grid = torch.full((int(height[here[0]]), int(width[here[0]])), -1)
+        grid[row[here], col[here]] = owner[here]
+        out.append(grid)
+    return out
+
+
+def _mean(mask: Tensor | None, count: int) -> float:
+    return float(count) if mask is None else mask.sum(1).float().mean().item()

@@ -1,0 +1,329 @@
+"""Methods inside a vision encoder: the sites `pixels` and `block`, and the signals that later sites read from it.
+
+Blocks are run through one generic pre-norm forward that stands in for the layer's own for the time of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import places
+from ..method import ClassAttention, Keys, Method, Need, ReceivedAttention
+from ..models import Encoder
+from ..ops import attention
+from ..tokens import Place, Reduction, Tokens, gather
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class EncoderSite:
+    """One encoder under a run. `depth`: how many of its blocks feed what is handed on."""
+
+    def __init__(self, run: Run, encoder: Encoder, depth: int, methods: list[Method], late: set[Need], alone: bool) -> None:
+        self.run, self.encoder, self.depth, self.alone = run, encoder, depth, alone
+        self.pixels = [m for m in methods if m.site == "pixels"]
+        self.stepped = [m for m in methods if m.site == "block"]
+        self.listeners: dict[int, _Listener] = {}
+        self.keep_special = any(m.prefix_tokens for m in methods)
+        self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
+        self._saved: list[tuple[nn.Module, Any]] = []
+        for need in late:
+            self._listener(self.block_of(need)).late.add(need)
+        self.clear()
+
+    def block_of(self, need: Need) -> int:
+        """The encoder block a need names; negative layers count back from the block that feeds what is handed on."""
+        layer = need.layer or 0
+        block = layer + self.depth if layer < 0 else layer
+        if not 0 <= block < self.depth:
+            raise ValueError(f"layer={layer} asks for block {block}, but only blocks 0 to {self.depth - 1} are in use.")
+        return block
+
+    def clear(self) -> None:
+        self.inputs: dict[str, Any] = {}
+        self.reduction: Reduction | None = None
+        self.size: Tensor | None = None
+        self.order: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.place: Place | None = None
+        self.special: Tensor | None = None
+        self.lengths: list[tuple[int, int]] = []
+        self.patches = self.pictures = 0
+        self.start_mask: Tensor | None = None
+        self.bare_place: Place | None = None
+        self.history: list[tuple[int, Reduction]] = []
+        self.records: dict[Need, list[Tensor]] = defaultdict(list)
+        self.records_at: dict[Need, Reduction | None] = {}
+
+    # -- plugging in -------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        model = self.encoder.model
+        self.run.hook(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.run.hook(model.register_forward_hook(self._finish))
+        blocks = self.encoder.blocks
+        if self.stepped:
+            for number, block in enumerate(blocks):
+                self._stand_in(number, block)
+                self._listener(number)
+        if self.keep_special and self.encoder.prefix:
+            self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
+        for number, listener in self.listeners.items():
+            self.run.taps.listen(self.encoder.attention(blocks[number]), listener)
+        self.run.undo(self._restore)
+
+    def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.special = (output[0] if isinstance(output, tuple) else output)[:, : self.encoder.prefix]
+
+    def _listener(self, block: int) -> _Listener:
+        return self.listeners.setdefault(block, _Listener(self))
+
+    def _stand_in(self, number: int, block: nn.Module) -> None:
+        self._saved.append((block, block.__dict__.get("forward")))
+        block.forward = self._forward(number, block)  # type: ignore[method-assign]
+
+    def _restore(self) -> None:
+        for block, forward in self._saved:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+        self._saved.clear()
+
+    # -- one forward ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Start of the encoder's forward: fresh state, and a smaller picture where a method asks for one."""
+        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.clear()
+        self.inputs = inputs
+        self._started_at = self.run.clock.now()
+        if self.alone:
+            self.run.clock.begin("encoder")
+            self.run.clock.begin("selection")
+            self.run.costs.clear()
+        if self.encoder.packed:
+            return args, kwargs
+        geometry = self.encoder.geometry(inputs)
+        device = inputs["pixel_values"].device
+        self.mask = self.start_mask = self._with_prefix_mask(self.encoder.token_mask(inputs))
+        self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(len(g) for g in geometry)
+        self.pictures = inputs["pixel_values"].shape[0]
+        self.bare_place = places(geometry, self.patches, device)
+        self.place = behind(self.bare_place, self.encoder.prefix)
+        for method in self.pixels:
+            inputs = self._shrink_picture(method, inputs, len(geometry))
+        return (), inputs
+
+    def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.run.clock.add("encoder", self._started_at)
+
+    def _shrink_picture(self, method: Any, inputs: dict, pictures: int) -> dict:
+        pixels = inputs["pixel_values"]
+        height, width = self.encoder.grid(pixels)
+        place = Place.grid(pictures, height, width, pixels.device)
+        blank = Tokens(pixels.new_zeros(pictures, height * width, 1), place=place)
+        with self.run.clock.measure("selection"):
+            step = method.reduce(blank)
+            small = self.encoder.smaller(inputs, method.picture, method.grid(height, width))
+        self._advance(_shift(step, self.encoder.prefix), -1)
+        self.run.costs.count("pixels", method, blank, step)
+        return small
+
+    def _with_prefix_mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or self.encoder.prefix == 0:
+            return mask
+        return torch.nn.functional.pad(mask, (self.encoder.prefix, 0), value=True)
+
+    def plan(self, patches: int) -> list[tuple[Method, list[Method | None]]]:
+        """Every block method with its step at each block, for pictures of so many patches."""
+        if patches not in self._plans:
+            plans, count = [], patches
+            for method in self.stepped:
+                self.run.check_keep(method, count)
+                plans.append((method, method.steps(count, self.depth)))
+                count = method.promise(count, self.depth).count
+            self._plans[patches] = plans
+        return self._plans[patches]
+
+    def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
+        parts = self.encoder.parts(block)
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._prepare(number, hidden_states)
+            x = self._step(number, "before", hidden_states)
+            before = x.shape[1]
+            args = tuple(self._trim(value) for value in args)
+            kwargs = {name: self._trim(value) if name == "attention_mask" else value for name, value in kwargs.items()}
+            mixed = parts.attention(parts.norm1(x), *args, **kwargs)
+            mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+            x = parts.drop1(parts.scale1(mixed)) + x
+            x = self._step(number, "middle", x)
+            self.lengths.append((before, x.shape[1]))
+            x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
+            return self._step(number, "after", x)
+
+        return forward
+
+    def _prepare(self, number: int, x: Tensor) -> None:
+        """Tell the block's listener what this block's own steps will ask for."""
+        asked: set[Need] = set()
+        for method, steps in self.plan(self._started(x) if number == 0 else self._start):
+            step = steps[number] if number < len(steps) else None
+            if step is not None and method.point != "before":
+                asked |= {need for need in step.needs().values() if need.layer is None}
+        self.listeners[number].here = asked
+
+    def _started(self, x: Tensor) -> int:
+        self._start = x.shape[1] - self.encoder.prefix
+        return self._start
+
+    def _step(self, number: int, point: str, x: Tensor) -> Tensor:
+        for method, steps in self.plan(self._start):
+            step = steps[number] if number < len(steps) else None
+            if step is None or method.point != point:
+                continue
+            with self.run.clock.measure("selection"):
+                x = self._reduce(number, method, step, x)
+        return x
+
+    def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
+        place = self.place
+        if place is not None and self.reduction is not None:
+            place = place.gather(self.reduction.index)
+        tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order)
+        listener = self.listeners[number]
+        signals = {name: listener.now[need] for name, need in step.needs().items()}
+        reduction = step.reduce(tokens, signals)
+        self.run.costs.count("block", method, tokens, reduction)
+        if reduction.is_identity:
+            return x
+        after = reduction.apply(tokens)
+        # sizes are carried whether or not attention sees them: they weigh the mean of later merges
+        self.size, self.order, self.mask = after.size, after.order, after.mask
+        self._advance(reduction, number)
+        return after.features
+
+    def _advance(self, step: Reduction, number: int) -> None:
+        self.history.append((number, step))
+        self.reduction = step if self.reduction is None else self.reduction.then(step)
+
+    def _trim(self, mask: Any) -> Any:
+        """An attention mask of the full sequence, cut to the tokens that are left."""
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or self.reduction is None:
+            return mask
+        index = self.reduction.index
+        keys = gather(mask.expand(index.shape[0], -1, -1, -1).permute(0, 3, 1, 2), index).permute(0, 2, 3, 1)
+        if keys.shape[2] == 1:
+            return keys
+        return gather(keys.transpose(1, 2), index).transpose(1, 2)
+
+    # -- what later sites read -----------------------------------------------------------------------------------------
+
+    def flat(self, need: Need) -> Tensor:
+        """A recorded signal for every patch of the batch, in order: (patches, ...)."""
+        if self.encoder.packed:
+            calls = [_tokens_last(need, part) for part in self.records[need]]
+            return self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
+        value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
+        at = self.records_at[need]
+        if at is not None:
+            value = _spread(value, at.index, self.patches + self.encoder.prefix)
+        return value[:, self.encoder.prefix :].flatten(0, 1)
+
+    @property
+    def proportional(self) -> bool:
+        return any(step is not None and step.proportional for _, steps in self.plan(self._start) for step in steps)
+
+
+class _Listener:
+    """Listens to the attention of one encoder block."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+        self.late: set[Need] = set()
+        self.here: set[Need] = set()
+        self.now: dict[Need, Tensor] = {}
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        site = self.site
+        bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
+        if site.mask is not None and site.reduction is not None:
+            hidden = torch.zeros_like(site.mask, dtype=query.dtype).masked_fill(~site.mask, torch.finfo(query.dtype).min)
+            hidden = hidden[:, None, None]
+            bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        if not self.here and not self.late:
+            return
+        with self.site.run.clock.measure("selection"):
+            real = self.site.mask
+            self.now = {need: _measure(need, query, key, mask, real, scale) for need in self.here}
+            for need in self.late:
+                for part in _chunks(query, key, extra):
+                    self.site.records[need].append(_measure(need, *part, mask, real, scale))
+                self.site.records_at[need] = self.site.reduction
+
+
+def _chunks(query: Tensor, key: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Packed flash attention gets all pictures in one call: split it as the others are."""
+    ends = extra.get("cu_seq_lens_q")
+    if ends is None:
+        return [(query, key)]
+    sizes = (ends[1:] - ends[:-1]).tolist()
+    return list(zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True))
+
+
+def _measure(need: Need, query: Tensor, key: Tensor, mask: Tensor | None, real: Tensor | None, scale: float) -> Tensor:
+    """One signal from one attention call."""
+    if isinstance(need, ClassAttention):
+        return attention.rows(query[:, :, :1], key, scale, None if mask is None else mask[:, :, :1], logits=need.logits)[:, :, 0]
+    if isinstance(need, ReceivedAttention):
+        return attention.received(query, key, scale, real)
+    if isinstance(need, Keys):
+        return key.mean(1)
+    raise TypeError(f"{need} cannot be read in an encoder.")
+
+
+def _tokens_last(need: Need, value: Tensor) -> Tensor:
+    return value.transpose(1, 2) if isinstance(need, Keys) else value
+
+
+def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:
+    out = value.new_zeros(value.shape[0], n, *value.shape[2:])
+    shape = index.shape + (1,) * (value.dim() - 2)
+    return out.scatter(1, index.reshape(shape).expand_as(value), value)
+
+
+def behind(place: Place, prefix: int) -> Place:
+    """The same places with special tokens in front, which stand nowhere (-1)."""
+    if prefix == 0:
+        return place
+    fields = {
+        name: torch.nn.functional.pad(value, (prefix, 0), value=-1)
+        for name, value in vars(place).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(place, **fields)
+
+
+def _shift(step: Reduction, prefix: int) -> Reduction:
+    """A reduction of patches alone as one that leaves special tokens in front untouched."""
+    if prefix == 0:
+        return step
+    batch = step.index.shape[0]
+    front = torch.arange(prefix, device=step.index.device).expand(batch, -1)
+    index = torch.cat([front, step.index + prefix], 1)
+    assign = torch.cat([front, torch.where(step.assign < 0, -1, step.assign + prefix)], 1)
+    weight = None if step.weight is None else torch.nn.functional.pad(step.weight, (prefix, 0), value=1.0)
+    return Reduction(index, assign, weight, prefix=prefix)

@@ -1,0 +1,203 @@
+"""The site `entry`: tokens leave at the language model's door, after their features have been written into the prompt.
+
+Whatever a conversation has lost is remembered beside its cache; several conversations may take turns under one run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method import Method
+from ..tokens import gather
+from .flow import Flow, Memory, whole
+from .gallery import Gallery
+from .prompt import Prompt, padded
+
+
+class Entrance:
+    def __init__(self, prompt: Prompt, gallery: Gallery, methods: list[Method]) -> None:
+        self.prompt, self.gallery, self.methods = prompt, gallery, methods
+        self.asked: tuple[Tensor | None, dict | None] | None = None
+        self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
+        self.new = self.past = 0
+
+    def attach(self) -> None:
+        view, run = self.prompt.view, self.prompt.run
+        run.hook(view.base.register_forward_pre_hook(self._begin, with_kwargs=True))
+        run.hook(view.base.register_forward_hook(self._end))
+        run.hook(view.decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
+        run.hook(view.decoder.register_forward_hook(self._leave, with_kwargs=True))
+        run.undo(self._forget)
+
+    def _forget(self) -> None:
+        for cache in list(self.memories):
+            cache.__dict__.pop("get_seq_length", None)
+
+    # -- the whole model -----------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward starts: does it bring pictures, and can they be found in its prompt?"""
+        names = ("input_ids", "pixel_values")
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        encoded = {stream: value for stream, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
+        pixels = any(value is not None for name, value in inputs.items() if name.startswith("pixel_values"))
+        self.asked = None
+        self.prompt.run.start(pictures=pixels or bool(encoded))
+        if not pixels and not encoded:
+            self.prompt.run.costs.text_only(inputs.get("past_key_values") is not None)
+            return
+        self.asked = (inputs.get("input_ids"), None if pixels else encoded)
+
+    def _show(self) -> None:
+        """The features are in the prompt: read the span map."""
+        prompt, run = self.prompt, self.prompt.run
+        prompt.flow = prompt.scene = None
+        if self.asked is None:
+            return
+        input_ids, encoded = self.asked
+        if input_ids is not None:
+            prompt.flow = self.gallery.show(input_ids, encoded)
+        if prompt.flow is None:
+            run.costs.clear()
+            run.say("the image tokens of this prompt are not known (no input_ids, or features made elsewhere): nothing was reduced")
+            return
+        prompt.scene = prompt.flow.scene
+        run.costs.begin(prompt.flow)
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.prompt.run.finish(pictures=self.asked is not None)
+        self.prompt.flow = self.prompt.scene = self.asked = None
+
+    # -- the language model ----------------------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Reduce what comes in, or line up the mask and positions of what follows with what the cache holds."""
+        prompt = self.prompt
+        self._show()
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            cache.__dict__.pop("get_seq_length", None)
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        known = None if cache is None else self.memories.get(cache)
+        if known is None:
+            known = Memory(length=0 if cache is None else cache.get_seq_length())
+        prompt.memory, self.new, self.past = known, tokens.shape[1], known.length
+        prompt.run.enter()
+        kwargs["position_ids"] = self._numbered(kwargs.get("position_ids"), tokens)
+        if prompt.flow is not None:
+            self._shorten(prompt.flow, kwargs)
+        else:
+            self._follow(kwargs)
+        entry = prompt.memory.entry
+        arriving = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        prompt.total = self.past + self.new - (0 if entry is None else entry.offset)
+        prompt.held = prompt.total - arriving.shape[1]
+        prompt.ids, prompt.last = kwargs["position_ids"], _last(kwargs.get("attention_mask"), arriving.shape[1])
+        if prompt.flow is not None:
+            prompt.run.costs.enter(arriving.shape[1], self.new, kwargs.get("attention_mask"))
+        return (), kwargs
+
+    def _numbered(self, ids: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Position ids, counted as the model would without any reduction."""
+        prompt = self.prompt
+        if ids is not None or not (prompt.flow is not None or prompt.memory.touched):
+            return ids
+        ids = torch.arange(self.past, self.past + self.new, device=tokens.device).expand(tokens.shape[0], -1)
+        return ids if prompt.view.rotary_rows == 1 else ids.expand(prompt.view.rotary_rows, -1, -1)
+
+    def _shorten(self, flow: Flow, kwargs: dict) -> None:
+        prompt = self.prompt
+        embeds, memory = kwargs["inputs_embeds"], prompt.memory
+        if self.methods:
+            with prompt.run.clock.measure("selection"):
+                embeds = self._reduced(flow, embeds)
+        made = flow.cut()
+        kwargs["inputs_embeds"] = embeds
+        if made is None:
+            self._follow(kwargs)
+            return
+        kwargs["inputs_embeds"] = gather(embeds, made.index)
+        ids = pick(kwargs["position_ids"], made.index)
+        past = whole(self.past, made.index) if memory.entry is None else memory.entry
+        kwargs["position_ids"] = ids - made.before - past.dropped if prompt.run.compact else ids
+        memory.entry = past.extended(self.past, self.new, made)
+        mask = kwargs.get("attention_mask")
+        if mask is not None or made.valid is not None or not self._cached(kwargs):
+            # without a cache and without a mask, a gap in the positions would read as the seam of two packed sequences
+            kwargs["attention_mask"] = self._mask(mask)
+
+    def _reduced(self, flow: Flow, embeds: Tensor) -> Tensor:
+        """Let the methods decide; merged tokens are written where their representative stands."""
+        prompt = self.prompt
+        flat = padded(embeds.flatten(0, 1))
+        tokens = prompt.tokens(flat[flow.at])
+        for method in self.methods:
+            tokens = prompt.reduce(method, method, tokens, method.site)
+        if tokens.size is None:
+            return embeds
+        flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
+        return flat[:-1].view_as(embeds)
+
+    def _follow(self, kwargs: dict) -> None:
+        """Nothing leaves here, but earlier columns may be gone: cut the mask to what the cache holds."""
+        entry = self.prompt.memory.entry
+        if entry is None:
+            return
+        if self.prompt.run.compact:
+            kwargs["position_ids"] = kwargs["position_ids"] - entry.dropped
+        if kwargs.get("attention_mask") is not None or entry.valid is not None:
+            kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"))
+
+    def _mask(self, mask: Tensor | None) -> Tensor:
+        """The 2-D mask of the whole conversation, cut to the columns that are left."""
+        entry, total = self.prompt.memory.entry, self.past + self.new
+        assert entry is not None
+        columns, real = entry.columns(total), entry.real(total)
+        if mask is None:
+            return torch.ones_like(columns) if real is None else real.long()
+        if mask.dim() != 2:
+            raise ValueError("jeton cuts 2-D attention masks (batch, length); pass that instead of one with four axes.")
+        cut = mask.gather(1, columns)
+        return cut if real is None else cut * real.to(cut.dtype)
+
+    def _cached(self, kwargs: dict) -> bool:
+        if kwargs.get("past_key_values") is not None:
+            return True
+        use = kwargs.get("use_cache")
+        return bool(self.prompt.view.decoder.config.use_cache if use is None else use)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Remember what the cache holds, and let it report the length of the whole conversation."""
+        prompt = self.prompt
+        prompt.run.leave(prompt.flow is not None)
+        prompt.memory.length += self.new
+        cache = kwargs.get("past_key_values")
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if cache is None:
+            return
+        self.memories[cache] = prompt.memory
+        entry = prompt.memory.entry
+        if entry is not None and entry.offset:
+            offset, length = entry.offset, type(cache).get_seq_length
+            held = weakref.ref(cache)
+            cache.get_seq_length = lambda layer_idx=0: length(held(), layer_idx) + offset
+
+
+def pick(ids: Tensor | None, index: Tensor) -> Tensor:
+    """Position ids (..., B or 1, L) at the columns index (B, L')."""
+    assert ids is not None
+    return ids.expand(*ids.shape[:-2], index.shape[0], ids.shape[-1]).gather(-1, index.expand(*ids.shape[:-2], *index.shape))
+
+
+def _last(mask: Tensor | None, new: int) -> Tensor | None:
+    """(B,) column of each sample's last real token among the new ones; None when that is the last column for all."""
+    if mask is None or mask.dim() != 2 or new == 1:
+        return None
+    tail = mask[:, -new:] if mask.shape[1] > new else mask
+    return tail.shape[1] - 1 - tail.flip(1).to(torch.uint8).argmax(1)

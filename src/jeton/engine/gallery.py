@@ -1,0 +1,110 @@
+"""Where pictures are encoded: before any prompt is at hand (`generate` does so), or inside the model's forward.
+
+Each call of the encoder makes a `Scene`. It is kept beside the features it made, and found again when they enter a prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..layout import Album, Layout, read_layout
+from .flow import Flow, Scene
+from .prompt import Prompt
+
+
+class Gallery:
+    def __init__(self, prompt: Prompt, structure: str) -> None:
+        self.prompt, self.structure = prompt, structure
+        self.scenes: dict[str, tuple[Any, Scene]] = {}
+
+    def attach(self) -> None:
+        """Wrap the model's own methods that encode pictures."""
+        base = self.prompt.view.base
+        for stream, name in self.prompt.view.streams().items():
+            own = base.__dict__.get(name)
+            setattr(base, name, self._encoding(stream, getattr(base, name)))
+            self.prompt.run.undo(functools.partial(_put_back, base, name, own))
+
+    def _encoding(self, stream: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(encode).parameters)
+
+        @functools.wraps(encode)
+        def encoding(*args: Any, **kwargs: Any) -> Any:
+            self._open(stream, {**dict(zip(names, args, strict=False)), **kwargs})
+            try:
+                output = encode(*args, **kwargs)
+                self._close(stream, output)
+            finally:
+                self.prompt.scene = None
+            return output
+
+        return encoding
+
+    def _open(self, stream: str, inputs: dict[str, Any]) -> None:
+        """Before the encoder runs: the geometry is known, budgets are checked."""
+        prompt = self.prompt
+        pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+        device = pixels[0].device
+        album = Album.of(prompt.view.geometry(inputs, stream), device)
+        rows = album.candidates(self.structure)
+        prompt.run.encoding(rows.slot.shape[1])
+        prompt.scene = Scene(album, rows)
+
+    def _close(self, stream: str, output: Any) -> None:
+        prompt = self.prompt
+        scene, site = prompt.scene, prompt.encoder
+        assert scene is not None
+        scene.encoded, scene.special = site.reduction, site.special
+        scene.signals.update({need: site.flat(need) for need in site.records if need not in scene.signals})
+        held = output if isinstance(output, tuple) else weakref.ref(output)
+        self.scenes[stream] = (held, scene)
+        prompt.run.encoded()
+
+    def show(self, input_ids: torch.Tensor, encoded: dict[str, Any] | None) -> Flow | None:
+        """The flow of a prompt that shows what was encoded last; None if its features came from elsewhere."""
+        found: list[tuple[str, Scene]] = []
+        for stream, (held, scene) in self.scenes.items():
+            output = held() if isinstance(held, weakref.ref) else held
+            given = None if encoded is None else encoded.get(stream)
+            if encoded is None or (given is not None and given is output):
+                found.append((stream, scene))
+        if not found:
+            return None
+        masks = [self.prompt.view.visual(input_ids, stream) for stream, _ in found]
+        if len(found) == 1:
+            layout, images = read_layout(masks[0], found[0][1].album)
+            return Flow.start(layout, found[0][1].shown(layout.album, images), self.structure)
+        return self._together(masks, [scene for _, scene in found])
+
+    def _together(self, masks: list[torch.Tensor], scenes: list[Scene]) -> Flow:
+        """Images and videos in one batch of prompts: one album, in prompt order."""
+        parts = [read_layout(mask, scene.album) for mask, scene in zip(masks, scenes, strict=True)]
+        album, starts = scenes[0].album, [0]
+        for scene in scenes[1:]:
+            starts.append(len(album))
+            album = album.join(scene.album)
+        order = sorted(
+            (layout.sample[i], int(layout.position[i, 0]), start + number, layout.position[i, : layout.album.counts[i]])
+            for (layout, numbers), start in zip(parts, starts, strict=True)
+            for i, number in enumerate(numbers)
+        )
+        shown = album.pick([number for _, _, number, _ in order])
+        width = shown.source.shape[1]
+        position = torch.stack([torch.nn.functional.pad(columns, (0, width - len(columns))) for *_, columns in order])
+        first = parts[0][0]
+        layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length)
+        signals = {need: torch.cat([scene.signals[need] for scene in scenes]) for need in scenes[0].signals}
+        return Flow.start(layout, Scene(shown, shown.candidates(self.structure), signals=signals), self.structure)
+
+
+def _put_back(base: Any, name: str, own: Any) -> None:
+    if own is None:
+        base.__dict__.pop(name, None)
+    else:
+        setattr(base, name, own)

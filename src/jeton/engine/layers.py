@@ -1,0 +1,218 @@
+"""The site `layer`: tokens leave in front of a language-model layer, for that layer and all later ones.
+
+Caches of later layers are then shorter. Layer 0 stays whole, so the model's own counting of positions goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..method import Method, Need
+from ..ops import attention
+from ..tokens import gather
+from .entrance import pick
+from .flow import Cut, Kept, whole
+from .prompt import Heard, Prompt, padded
+
+
+@dataclass
+class Stage:
+    """What the layers from here on hold. kept: their cache columns, as columns of the entrance. cut: which of the new columns
+    are left; None when this forward brings no pictures."""
+
+    prompt: Prompt
+    kept: Kept
+    cut: Cut | None = None
+    fitted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def fit(self, kwargs: dict, hidden: Tensor) -> dict:
+        """The layer's arguments, cut to the columns that are left."""
+        changed: dict[str, Any] = {"attention_mask": self._mask(kwargs.get("attention_mask"), hidden)}
+        if kwargs.get("position_embeddings") is not None:
+            changed["position_embeddings"] = self._embeddings(kwargs["position_embeddings"], hidden)
+        if isinstance(kwargs.get("position_ids"), Tensor) and self.cut is not None:
+            changed["position_ids"] = pick(kwargs["position_ids"], self.cut.index)
+        return changed
+
+    def _embeddings(self, given: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cut is None and not self.prompt.run.compact:
+            return given
+        if self.rotary is None:
+            self.rotary = self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
+        return self.rotary
+
+    def _gathered(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.cut is not None
+        index = self.cut.index
+        cos, sin = (gather(part.expand(index.shape[0], -1, -1), index) for part in given)
+        return cos, sin
+
+    def _renumbered(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        ids = self.prompt.ids
+        assert ids is not None
+        if self.cut is None:
+            ids = ids - self.kept.dropped
+        else:  # kept.dropped counts this forward's losses too: take those out, and count them column by column
+            ids = pick(ids, self.cut.index) - self.cut.before - (self.kept.dropped - self.cut.dropped)
+        return self.prompt.view.rotary(hidden, ids)
+
+    def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        known = self.fitted.get(id(mask))
+        if known is None:
+            known = (mask, self._cut(mask, hidden))
+            self.fitted[id(mask)] = known
+        return known[1]
+
+    def _cut(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        columns, real = self.kept.columns(self.prompt.total), self.kept.real(self.prompt.total)
+        if mask is None:
+            return None if real is None else self._built(real, hidden)
+        if mask.dim() == 2:
+            cut = mask.gather(1, columns)
+            return cut if real is None else cut * real.to(cut.dtype)
+        mask = mask.expand(columns.shape[0], -1, -1, -1)
+        if self.cut is not None:
+            mask = gather(mask.transpose(1, 2), self.cut.index).transpose(1, 2)
+        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        return mask if real is None else _hide(mask, real)
+
+    def _built(self, real: Tensor, hidden: Tensor) -> Tensor:
+        """A causal mask where the model left it to its kernel, but samples now differ in length."""
+        if "flash" in self.prompt.view.decoder.config._attn_implementation:
+            return real.long()
+        rows, keys = hidden.shape[1], real.shape[1]
+        causal = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=real.device).tril(keys - rows)
+        return _hide(causal, real)
+
+
+def _hide(mask: Tensor, real: Tensor) -> Tensor:
+    """A boolean or additive mask (B, 1, q, n) with padding columns hidden; every row may see itself, so that none is empty."""
+    rows, keys = mask.shape[-2:]
+    at = torch.arange(keys, device=mask.device)
+    own = at == (at[:rows, None] + keys - rows)
+    hide = ~real[:, None, None] & ~own
+    return mask & ~hide | own if mask.dtype == torch.bool else mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+
+
+class LayerSite:
+    def __init__(self, prompt: Prompt, methods: list[Method]) -> None:
+        self.prompt = prompt
+        depth = len(prompt.view.layers)
+        self.steps: list[list[tuple[Method, Method]]] = [[] for _ in range(depth)]
+        for method in methods:
+            for layer, step in enumerate(method.steps(0, depth)):
+                if step is not None:
+                    self.steps[layer].append((method, step))
+        self.stage: Stage | None = None
+        self.heard: dict[int, Heard] = {}
+
+    def attach(self) -> None:
+        """Hook the layers from the first one in front of which something may leave."""
+        view, run = self.prompt.view, self.prompt.run
+        first = next((layer for layer, steps in enumerate(self.steps) if steps), None)
+        if first is None:
+            return
+        run.hook(view.decoder.register_forward_pre_hook(self._fresh))
+        listened = {self._read_at(need, at) for at, steps in enumerate(self.steps) for _, s in steps for need in s.needs().values()}
+        for number, layer in enumerate(view.layers):
+            if number in listened:
+                run.taps.listen(view.attention(layer), _Listener(self, number))
+            if number >= first:
+                run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
+
+    @staticmethod
+    def _read_at(need: Need, layer: int) -> int:
+        return layer - 1 if need.layer is None else need.layer
+
+    def _fresh(self, module: nn.Module, args: tuple) -> None:
+        self.stage = None
+        self.heard.clear()
+
+    def _in_front(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self.steps[number] and self.prompt.flow is not None:
+                hidden = self._thin(number, hidden)
+            elif self.steps[number]:
+                self._pass(number)
+            if self.stage is None:
+                return None
+            kwargs = {**kwargs, **self.stage.fit(kwargs, hidden)}
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+    def _pass(self, number: int) -> None:
+        """No pictures in this forward: all new tokens stay, the cache's earlier columns are what they are."""
+        kept = self.prompt.memory.layers.get(number)
+        if kept is not None:
+            self.stage = Stage(self.prompt, kept)
+
+    def _thin(self, number: int, hidden: Tensor) -> Tensor:
+        """Let the methods of this layer decide, and go on with what they leave."""
+        prompt, flow = self.prompt, self.prompt.flow
+        assert flow is not None
+        new = prompt.total - prompt.held
+        with prompt.run.clock.measure("selection"):
+            hidden = self._reduced(number, hidden)
+            made = flow.cut()
+        known = prompt.memory.layers.get(number)
+        if made is None and known is None and self.stage is None:
+            return hidden
+        made = Cut.nothing(hidden) if made is None else made
+        hidden = gather(hidden, made.index)
+        if prompt.last is not None:
+            prompt.last = (made.index == prompt.last[:, None]).to(torch.uint8).argmax(1)
+        cut = made if self.stage is None or self.stage.cut is None else self.stage.cut.then(made)
+        kept = (whole(prompt.held, hidden) if known is None else known).extended(prompt.held, new, cut)
+        prompt.memory.layers[number] = kept
+        self.stage = Stage(prompt, kept, cut)
+        prompt.run.costs.thinned(number, hidden.shape[1], cut.dropped)
+        return hidden
+
+    def _reduced(self, number: int, hidden: Tensor) -> Tensor:
+        """Merged tokens are written where their representative stands."""
+        prompt, flow = self.prompt, self.prompt.flow
+        assert flow is not None
+        flat = padded(hidden.flatten(0, 1))
+        tokens = prompt.tokens(flat[flow.at])
+        for method, step in self.steps[number]:
+            heard = next((self.heard[self._read_at(need, number)] for need in step.needs().values()), None)
+            tokens = prompt.reduce(method, step, tokens, "layer", heard)
+        if tokens.size is None:
+            return hidden
+        flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
+        return flat[:-1].view_as(hidden)
+
+
+class _Listener:
+    """Hears the last token's attention in one layer, while pictures come in."""
+
+    def __init__(self, site: LayerSite, number: int) -> None:
+        self.site, self.number = site, number
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        return None
+
+    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        prompt = self.site.prompt
+        if prompt.flow is None:
+            return
+        past = key.shape[2] - query.shape[2]
+        with prompt.run.clock.measure("selection"):
+            if prompt.last is None:
+                query, mask = query[:, :, -1:], mask[:, :, -1:] if mask is not None and mask.dim() == 4 else mask
+            else:
+                query = gather(query.transpose(1, 2), prompt.last[:, None]).transpose(1, 2)
+                if mask is not None and mask.dim() == 4:
+                    wide = mask.expand(query.shape[0], -1, -1, -1).transpose(1, 2)
+                    mask = gather(wide, prompt.last[:, None]).transpose(1, 2)
+            if mask is not None and mask.dim() == 2:
+                mask = mask[:, None, None].bool()
+            rows = attention.rows(query, key, scale, mask)[:, :, 0]
+            self.site.heard[self.number] = Heard(rows, past)

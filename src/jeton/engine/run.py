@@ -1,0 +1,270 @@
+"""`apply`: plugs methods into a model at their sites, and takes them out again leaving no trace."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layout import Layout
+from ..method import ClassAttention, LastAttention, Method, Need, Sequence, Unsupported, get
+from ..models import Encoder, VisionLanguage, adapt
+from ..tokens import Reduction, Tokens
+from .clock import Clock
+from .costs import Costs
+from .encoder import EncoderSite
+from .entrance import Entrance
+from .gallery import Gallery
+from .layers import LayerSite
+from .outlet import Outlet
+from .projector import ProjectorSite
+from .prompt import Prompt
+from .report import Report
+from .tap import Taps
+
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
+
+
+def apply(
+    model: nn.Module, method: str | Method, *, positions: str = "keep", newlines: str | None = None, **fields: Any
+) -> Run:
+    """Reduce the visual tokens of `model` with `method` until the returned run is removed.
+
+    Works as a context manager (``with jeton.apply(model, "divprune", keep=64) as run``) or until ``run.remove()``.
+
+    method, fields: an id with its fields, a spec such as ``"tome(r=8) | divprune(keep=64)"``, or a method.
+    positions: "keep" leaves every token its original position id (then removing a token equals masking it); "compact" renumbers
+    them without gaps, which is a different function and what some papers mean.
+    newlines: what becomes of structure tokens (newlines of any-resolution models): "keep", "drop" or "pool" (let them compete);
+    None leaves it to the method.
+
+    Raises `Unsupported` if the model lacks what the method needs, `ValueError` for bad arguments, `RuntimeError` if the model
+    already has a method applied.
+    """
+    if positions not in ("keep", "compact"):
+        raise ValueError(f'positions must be "keep" or "compact", got {positions!r}.')
+    if newlines not in (None, "keep", "drop", "pool"):
+        raise ValueError(f'newlines must be "keep", "drop" or "pool", got {newlines!r}.')
+    made = get(method, **fields)
+    methods = list(made) if isinstance(made, Sequence) else [made]
+    return Run(model, methods, made.spec, positions, newlines).attach()
+
+
+def watch(model: nn.Module) -> Run:
+    """Attach only the counters and the clock: the report of the unreduced model."""
+    return Run(model, [], "none", "keep", None).attach()
+
+
+class Run:
+    """One method, or a sequence of them, on one model."""
+
+    def __init__(self, model: nn.Module, methods: list[Method], spec: str, positions: str, newlines: str | None) -> None:
+        running = _RUNNING.get(model)
+        if running is not None:
+            raise RuntimeError(
+                f"{type(model).__name__} already has {running.spec} applied; call its run.remove() first, or apply both at once "
+                f'as "{running.spec} | {spec}".'
+            )
+        self.model, self.methods, self.spec, self.newlines = model, methods, spec, newlines
+        self.compact = positions == "compact"
+        self.view = adapt(model)
+        self.encoder = self.view if isinstance(self.view, Encoder) else self.view.encoder
+        self._check()
+        parameter = next(model.parameters())
+        self.clock = Clock(parameter.device)
+        self.taps = Taps(model)
+        self.costs = Costs(self)
+        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
+        self._inside = self._ahead = False
+        self.outlet: Outlet | None = None
+        self.projector: ProjectorSite | None = None
+        depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
+        late = {need for m in methods if m.site in ("encoder", "entry") for need in m.needs().values()}
+        self.site = EncoderSite(self, self.encoder, depth, methods, late, isinstance(self.view, Encoder))
+
+    # -- plugging in and out ---------------------------------------------------------------------------------------------
+
+    def attach(self) -> Run:
+        try:
+            self.site.attach()
+            if isinstance(self.view, VisionLanguage):
+                self._attach_language(self.view)
+            else:
+                self.outlet = Outlet(self, [m for m in self.methods if m.site in ("encoder", "entry")])
+                self.outlet.attach()
+            self.taps.open()
+        except BaseException:
+            self.remove()
+            raise
+        _RUNNING[self.model] = self
+        return self
+
+    def _attach_language(self, view: VisionLanguage) -> None:
+        early = [m for m in self.methods if m.site == "encoder"]
+        entry = [m for m in self.methods if m.site == "entry"]
+        layered = [m for m in self.methods if m.site == "layer"]
+        structure = self.newlines or next((m.newlines for m in early + entry + layered), "keep")
+        prompt = Prompt(self, view, self.site)
+        gallery = Gallery(prompt, structure)
+        gallery.attach()
+        Entrance(prompt, gallery, entry if view.projector is not None else early + entry).attach()
+        if view.projector is not None:
+            self.projector = ProjectorSite(prompt, early)
+            self.projector.attach()
+        LayerSite(prompt, layered).attach()
+
+    def remove(self) -> None:
+        """Take everything out again. Calling it twice does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._handles.clear()
+        self._undo.clear()
+        self.taps.close()
+        if _RUNNING.get(self.model) is self:
+            del _RUNNING[self.model]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def hook(self, handle: Any) -> None:
+        self._handles.append(handle)
+
+    def undo(self, action: Callable[[], None]) -> None:
+        self._undo.append(action)
+
+    # -- what the user asks ----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Tokens, FLOPs and times so far; token counts are of the last prefill."""
+        return self.costs.report()
+
+    def reset(self) -> None:
+        """Forget the counts and times so far."""
+        self.clock.clear()
+        self.costs.clear()
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens an encoder that stands alone gave last: features, mask, original index and size."""
+        return None if self.outlet is None else self.outlet.tokens
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """What the blocks of the encoder did in the last forward, special tokens in front included."""
+        return self.site.reduction
+
+    @property
+    def layout(self) -> Layout | None:
+        """The span map of the last prefill."""
+        return None if self.costs.flow is None else self.costs.flow.layout
+
+    def assignment(self, image: int = 0) -> list[Tensor]:
+        """For one image of the last forward, per picture (thumbnail, crop or frame) a map (h, w) of its tokens: -1 where dropped,
+        else the number of the new token it went to."""
+        return self.costs.assignment(image)
+
+    # -- checks ------------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Refuse what the model cannot do, before anything runs."""
+        language = isinstance(self.view, VisionLanguage)
+        for method in self.methods:
+            if method.site == "layer" and not language:
+                self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
+            if method.site in ("block", "pixels") and self.encoder.packed:
+                self._refuse(
+                    method,
+                    "packs all pictures into one windowed sequence and merges 2x2 patches, so tokens cannot leave inside it",
+                    "divprune, fastv, or a score such as fastervlm(score='received')",
+                )
+            self._check_needs(method, [*method.needs().values()])
+        if self.compact and isinstance(self.view, VisionLanguage) and self.view.rotary_rows > 1:
+            raise Unsupported(
+                f"{self.view.name} numbers positions by time, height and width, which are coordinates and cannot be renumbered "
+                f'without gaps; use positions="keep".'
+            )
+        config = getattr(self.encoder.model, "config", None)
+        implementation = getattr(config, "_attn_implementation", None) or ""
+        if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
+            raise Unsupported(
+                "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "
+                'the model with attn_implementation="sdpa" or set proportional=False.'
+            )
+
+    def _check_needs(self, method: Method, needs: list[Need]) -> None:
+        for need in needs:
+            if isinstance(need, ClassAttention) and not self.encoder.has_class:
+                option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
+                self._refuse(method, f"has an encoder without a class token ({self.encoder.name})", option, "the class token's attention")
+            if isinstance(need, LastAttention) and not isinstance(self.view, VisionLanguage):
+                self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
+
+    def _refuse(self, method: Method, lacks: str, instead: str, reads: str = "") -> None:
+        reading = f" reads {reads}, but" if reads else " cannot be applied:"
+        raise Unsupported(f"{method.card.id}{reading} {type(self.model).__name__} {lacks}; use {instead}.")
+
+    def check_keep(self, method: Method, most: int) -> None:
+        """Refuse a count above what every image has."""
+        keep = getattr(method, "keep", None)
+        if isinstance(keep, int) and not isinstance(keep, bool) and keep > most:
+            raise ValueError(
+                f"{method.card.id} was asked to keep {keep} tokens, but no image of this batch has more than {most}; ask for fewer, "
+                f"or for a fraction such as keep=0.25."
+            )
+
+    # -- what the sites tell -----------------------------------------------------------------------------------------------
+
+    def say(self, note: str) -> None:
+        self.costs.note = note
+
+    def encoding(self, candidates: int) -> None:
+        """Pictures are about to be encoded; each has at most so many tokens that may be dropped."""
+        for method in self.methods:
+            if method.site in ("encoder", "entry", "layer"):
+                self.check_keep(method, candidates)
+        if not self._inside:  # `generate` encodes first and runs the model afterwards: both make the first token
+            self._begin()
+            self._ahead = True
+
+    def encoded(self) -> None:
+        if not self._inside:
+            self.clock.add("first_token", self._start)
+
+    def start(self, pictures: bool) -> None:
+        """The model's forward starts."""
+        self._inside = True
+        if pictures and not self._ahead:
+            self._begin()
+        self._start = self.clock.now()
+        self._ahead = False
+
+    def finish(self, pictures: bool) -> None:
+        self._inside = False
+        if pictures:
+            self.clock.add("first_token", self._start)
+
+    def _begin(self) -> None:
+        for stage in ("first_token", "encoder", "selection", "prefill"):
+            self.clock.begin(stage)
+        self._start = self.clock.now()
+
+    def enter(self) -> None:
+        """The language model starts."""
+        self._door = self.clock.now()
+
+    def leave(self, pictures: bool) -> None:
+        if not pictures:
+            self.clock.begin("decode")
+        self.clock.add("prefill" if pictures else "decode", self._door)
+
+    def projected(self, patches: int) -> int:
+        """Tokens that went through the projector in the last forward."""
+        return self.projector.count if self.projector is not None else patches

@@ -1,0 +1,111 @@
+"""The attention tap: sees every attention call of a model after RoPE, without replacing its fast attention.
+
+A model's attention implementation is swapped, for the time of a run, for a registered twin that looks up the calling module.
+Modules nobody listens to go straight through; others may record signals from q and k, or have a bias per key added to the mask.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+PREFIX = "jeton_"
+
+
+class Listener(Protocol):
+    """What a tapped attention module answers to."""
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """A (B, 1, 1, N) additive bias per key, or None."""
+
+    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        """Take what is needed from q (B, H, R, d) and k (B, Hk, N, d)."""
+
+
+_LISTENERS: weakref.WeakKeyDictionary[nn.Module, Listener] = weakref.WeakKeyDictionary()
+
+
+class Taps:
+    """The taps of one run: which modules are heard, and the implementations to put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.heard: list[nn.Module] = []
+        self.saved: list[tuple[Any, str | None]] = []
+
+    def listen(self, attention: nn.Module, listener: Listener) -> None:
+        for module in attention.modules():
+            _LISTENERS[module] = listener
+            self.heard.append(module)
+
+    def open(self) -> None:
+        """Swap the attention implementation of every configuration in the model for its tapped twin."""
+        if not self.heard:
+            return
+        seen = set()
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if config is None or id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
+                continue
+            seen.add(id(config))
+            current = config._attn_implementation_internal
+            self.saved.append((config, current))
+            if current is not None and not current.startswith(PREFIX):
+                config._attn_implementation_internal = twin(current)
+
+    def close(self) -> None:
+        for config, current in reversed(self.saved):
+            config._attn_implementation_internal = current
+        for module in self.heard:
+            _LISTENERS.pop(module, None)
+        self.saved.clear()
+        self.heard.clear()
+
+
+def twin(implementation: str) -> str:
+    """The name of the tapped twin of an attention implementation, registered on first use with the same mask function."""
+    name = PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _tapped(implementation))
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _tapped(implementation: str) -> Callable:
+    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any) -> Any:
+        original = _original(module, implementation)
+        listener = _LISTENERS.get(module)
+        if listener is None:
+            return original(module, query, key, value, attention_mask, **extra)
+        scale = extra.get("scaling") or query.shape[-1] ** -0.5
+        bias = listener.bias(query, key)
+        if bias is not None:
+            attention_mask = add_bias(attention_mask, bias)
+        listener.record(query, key, attention_mask, scale, extra)
+        return original(module, query, key, value, attention_mask, **extra)
+
+    return forward
+
+
+def _original(module: nn.Module, implementation: str) -> Callable:
+    """The implementation itself; eager attention lives in the module of each family's modeling file."""
+    if implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """An additive mask with `bias` (B, 1, 1, N) per key on top of a boolean, additive or absent mask."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+    return mask + bias

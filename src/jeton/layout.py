@@ -1,0 +1,290 @@
+"""The span map of a prompt: which columns are text and which show what part of which picture.
+
+One `Layout` serves every later room. Rows are images (or videos), in the order in which they stand in the batch; a row lists the
+image's language-model tokens in prompt order. Nothing assumes one image, a fixed count, or batch 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .tokens import Place
+
+NEWLINE = -1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one image's M language-model tokens lie on its pictures; all fields on the CPU, (M,) long unless said otherwise.
+
+    source: (M, s) the encoder patches that make the token, counted from the image's first patch; -1 where there is none.
+    unit: the picture (0: the only one or the thumbnail; then crops or frames), `NEWLINE` for structure. row, col: in tokens,
+    within the unit. height, width: the unit's grid in tokens. crop_row, crop_col, crop_rows, crop_cols: where a crop stands
+    over the thumbnail. patches: encoder patches of the whole image. kinds: what each unit is.
+    """
+
+    source: Tensor
+    unit: Tensor
+    row: Tensor
+    col: Tensor
+    height: Tensor
+    width: Tensor
+    crop_row: Tensor
+    crop_col: Tensor
+    crop_rows: Tensor
+    crop_cols: Tensor
+    patches: int
+    kinds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.unit.shape[0]
+
+    @classmethod
+    def of(
+        cls,
+        source: Tensor,
+        unit: Tensor,
+        row: Tensor,
+        col: Tensor,
+        grids: Sequence[tuple[int, int]],
+        patches: int,
+        kinds: tuple[str, ...],
+        crops: tuple[int, int] = (1, 1),
+    ) -> Geometry:
+        """Fill in what follows: the grid of every unit and, for units after a thumbnail, their place in the crop grid."""
+        heights, widths = (torch.tensor(side) for side in zip(*grids, strict=True))
+        at = unit.clamp(min=0)
+        crop = torch.where(unit > 0, unit - 1, 0) if kinds[0] == "thumbnail" else torch.zeros_like(unit)
+        many = (unit > 0) & (torch.tensor(kinds[0] == "thumbnail"))
+        one = torch.ones_like(unit)
+        return cls(
+            source=source if source.dim() == 2 else source[:, None],
+            unit=unit,
+            row=row,
+            col=col,
+            height=heights[at],
+            width=widths[at],
+            crop_row=crop // crops[1],
+            crop_col=crop % crops[1],
+            crop_rows=torch.where(many, crops[0], one),
+            crop_cols=torch.where(many, crops[1], one),
+            patches=patches,
+            kinds=kinds,
+        )
+
+    @classmethod
+    def picture(cls, height: int, width: int, per_token: int = 1, frames: int = 1) -> Geometry:
+        """One picture, or `frames` equal ones, of height x width tokens, each made of `per_token` consecutive patches."""
+        count = frames * height * width
+        at = torch.arange(count)
+        source = torch.arange(count * per_token).reshape(count, per_token)
+        cell = at % (height * width)
+        kinds = ("image",) if frames == 1 else ("frame",) * frames
+        grids = [(height, width)] * frames
+        return cls.of(source, at // (height * width), cell // width, cell % width, grids, count * per_token, kinds)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of every image: slot (R, K) their number within the image, mask (R, K) true where real, None when all are."""
+
+    slot: Tensor
+    mask: Tensor | None
+
+    def pick(self, images: Tensor) -> Rows:
+        return Rows(self.slot[images], None if self.mask is None else self.mask[images])
+
+
+@dataclass(frozen=True)
+class Album:
+    """The pictures of one call of the encoder, before any prompt. R images, M tokens in the longest.
+
+    source: (R, M, s) encoder patches of each token, counted over the whole call; -1 where there is none. place: where each token
+    stands in its picture. patches: how many the call has. `patch_rows` are the candidates without structure tokens, `all_rows`
+    with them.
+    """
+
+    geometry: tuple[Geometry, ...]
+    source: Tensor
+    place: Place
+    patches: int
+    patch_rows: Rows
+    all_rows: Rows
+
+    @classmethod
+    def of(cls, geometry: Sequence[Geometry], device: torch.device | str) -> Album:
+        width = max(len(item) for item in geometry)
+        starts = torch.tensor([0, *(item.patches for item in geometry)]).cumsum(0).tolist()
+        sources = [_shift(item.source, start) for item, start in zip(geometry, starts, strict=False)]
+        return cls(
+            geometry=tuple(geometry),
+            source=_stack(sources, width, -1).to(device),
+            place=places(geometry, width, device),
+            patches=starts[-1],
+            patch_rows=_rows([(item.unit >= 0).nonzero().flatten() for item in geometry], device),
+            all_rows=_rows([torch.arange(len(item)) for item in geometry], device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.geometry)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each image."""
+        return tuple(len(item) for item in self.geometry)
+
+    @property
+    def structure(self) -> tuple[int, ...]:
+        """Structure tokens of each image."""
+        return tuple(int((item.unit < 0).sum()) for item in self.geometry)
+
+    @property
+    def plain(self) -> bool:
+        """True if every image is one picture and its tokens are the encoder's patches, one to one."""
+        one_to_one = self.source.shape[-1] == 1 and self.place.units == 1
+        return one_to_one and self.all_rows.mask is None and not any(self.structure)
+
+    def candidates(self, structure: str) -> Rows:
+        return self.all_rows if structure == "pool" else self.patch_rows
+
+    def pick(self, images: Sequence[int]) -> Album:
+        """The same pictures in another order, or several times (beams)."""
+        at = torch.tensor(images, device=self.source.device)
+        return replace(
+            self,
+            geometry=tuple(self.geometry[i] for i in images),
+            source=self.source[at],
+            place=self.place.pick(at),
+            patch_rows=self.patch_rows.pick(at),
+            all_rows=self.all_rows.pick(at),
+        )
+
+    def join(self, other: Album) -> Album:
+        """Both calls' pictures as one call's, this one's patches first."""
+        return Album.of(self.geometry + other.geometry, self.source.device)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of consecutive prompt columns of one kind, for people: text, image, thumbnail, crop, frame or newline."""
+
+    start: int
+    length: int
+    kind: str
+    image: int = -1
+    unit: int = -1
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images of an album stand in a batch of prompts of `length` columns. sample: the prompt of each image. position:
+    (R, M) its tokens' columns."""
+
+    album: Album
+    sample: tuple[int, ...]
+    position: Tensor
+    batch: int
+    length: int
+
+    @property
+    def images(self) -> int:
+        return len(self.sample)
+
+    @property
+    def columns(self) -> Tensor:
+        """(R, M) index into the flattened (batch * length) prompt; padding points one past its end."""
+        sample = torch.tensor(self.sample, device=self.position.device)[:, None]
+        flat = sample * self.length + self.position
+        mask = self.album.all_rows.mask
+        return flat if mask is None else flat.masked_fill(~mask, self.batch * self.length)
+
+    def spans(self, sample: int) -> list[Span]:
+        """The prompt of one sample as a list of spans in order."""
+        kinds: list[tuple[str, int, int, tuple[int, int] | None]] = [("text", -1, -1, None)] * self.length
+        for image in (i for i, at in enumerate(self.sample) if at == sample):
+            geometry = self.album.geometry[image]
+            for m, column in enumerate(self.position[image, : len(geometry)].tolist()):
+                unit = int(geometry.unit[m])
+                grid = (int(geometry.height[m]), int(geometry.width[m]))
+                kinds[column] = ("newline", image, -1, None) if unit < 0 else (geometry.kinds[unit], image, unit, grid)
+        found: list[Span] = []
+        for column, kind in enumerate(kinds):
+            last = found[-1] if found else None
+            if last is not None and (last.kind, last.image, last.unit, last.grid) == kind:
+                found[-1] = replace(last, length=last.length + 1)
+            else:
+                found.append(Span(column, 1, *kind))
+        return found
+
+
+def read_layout(visual: Tensor, album: Album) -> tuple[Layout, list[int]]:
+    """The span map of prompts with `visual` columns (B, L), and which of the album's images stand where. One host sync."""
+    images, samples, columns = _match(visual.cpu(), album.counts)
+    picked = album if images == list(range(len(album))) else album.pick(images)
+    position = _stack(columns, picked.source.shape[1], 0).to(album.source.device)
+    return Layout(picked, tuple(samples), position, visual.shape[0], visual.shape[1]), images
+
+
+def _match(visual: Tensor, counts: tuple[int, ...]) -> tuple[list[int], list[int], list[Tensor]]:
+    """For each image as it stands in the prompts: its number in the album, its prompt and its columns. Prompts that repeat the
+    one before them (beams, several answers to one prompt) show the same images again."""
+    total, shown = sum(counts), int(visual.sum())
+    if shown == 0 or shown % total:
+        raise ValueError(
+            f"the prompts hold {shown} image tokens but the images make {total}; let the model's processor write the prompt."
+        )
+    copies = shown // total
+    images: list[int] = []
+    samples: list[int] = []
+    columns: list[Tensor] = []
+    first = after = 0
+    for sample, row in enumerate(visual):
+        first = after if sample % copies == 0 else first
+        here, at, used = row.nonzero().flatten(), first, 0
+        while used < len(here):
+            if at >= len(counts) or used + counts[at] > len(here):
+                raise ValueError(f"prompt {sample} has {len(here)} image tokens, which no whole number of its images makes.")
+            images.append(at)
+            samples.append(sample)
+            columns.append(here[used : used + counts[at]])
+            used, at = used + counts[at], at + 1
+        after = at
+    return images, samples, columns
+
+
+def _shift(source: Tensor, start: int) -> Tensor:
+    return torch.where(source < 0, source, source + start)
+
+
+def _stack(items: Sequence[Tensor], width: int, fill: int) -> Tensor:
+    """(M, ...) tensors of different M stacked to (R, width, ...); trailing sizes padded too."""
+    depth = max((item.shape[1] for item in items if item.dim() > 1), default=0)
+    out = []
+    for item in items:
+        if item.dim() > 1:
+            item = torch.nn.functional.pad(item, (0, depth - item.shape[1]), value=fill)
+            out.append(torch.nn.functional.pad(item, (0, 0, 0, width - item.shape[0]), value=fill))
+        else:
+            out.append(torch.nn.functional.pad(item, (0, width - item.shape[0]), value=fill))
+    return torch.stack(out)
+
+
+def _rows(slots: Sequence[Tensor], device: torch.device | str) -> Rows:
+    width = max(len(slot) for slot in slots)
+    ragged = any(len(slot) != width for slot in slots)
+    mask = None
+    if ragged:
+        mask = torch.stack([torch.arange(width) < len(slot) for slot in slots]).to(device)
+    return Rows(_stack(slots, width, 0).to(device), mask)
+
+
+def places(geometry: Sequence[Geometry], width: int, device: torch.device | str) -> Place:
+    """The place of every token of every image, (R, width), padded with -1."""
+    names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols")
+    fields = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
+    return Place(**fields, units=max(len(item.kinds) for item in geometry))

@@ -1,0 +1,322 @@
+"""What a method is: a dataclass with a paper card, and the registry that finds it by name or by spec.
+
+A method looks at tokens and at declared signals about them and returns a `Reduction`. It never touches a model.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from .ops.budget import count
+from .tokens import Reduction, Tokens
+
+Signals = Mapping[str, Tensor]
+
+SITES = ("pixels", "block", "encoder", "entry", "layer")
+
+
+class Unsupported(RuntimeError):
+    """A model lacks what a method needs. The message names the method, the model, what is missing and what would work."""
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens to keep: `keep` as a count (int) or a fraction (float in (0, 1]), per image or per crop/frame."""
+
+    keep: int | float
+    per: str = "image"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.per not in ("image", "crop", "frame"):
+            raise ValueError(f'per must be "image", "crop" or "frame", got {self.per!r}.')
+
+    def count(self, n: int) -> int:
+        """Tokens kept of `n`; a fraction rounds to the nearest count and keeps at least one."""
+        return count(self.keep, n)
+
+
+def check_keep(keep: object, name: str = "keep") -> None:
+    """Refuse a budget that means nothing, with a sentence."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(f"{name} must be a count (int) or a fraction (float), got {keep!r}.")
+    if isinstance(keep, float):
+        if math.isnan(keep) or not 0 < keep <= 1:
+            raise ValueError(
+                f"{name}={keep} is not a fraction in (0, 1]; write a count as an int, a share as a float, e.g. {name}=64 "
+                f"or {name}=0.25."
+            )
+    elif keep < 1:
+        raise ValueError(f"{name}={keep} keeps nothing; at least one token must stay. Write e.g. {name}=64 or {name}=0.25.")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How many tokens a method will leave, known before it runs. `exact` is false where it is only an upper bound."""
+
+    count: int
+    exact: bool = True
+
+
+# -- what a method may look at -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """A signal a method declares. `layer` counts encoder blocks or language-model layers; negative counts from the one whose
+    output is used (-1: the block that makes the features handed on); None means the block the method itself stands in."""
+
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class ClassAttention(Need):
+    """(B, H, N) attention of the class token over the row's tokens, after softmax over all keys (or the scaled logits)."""
+
+    layer: int | None = -1
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(Need):
+    """(B, N) attention each token receives, averaged over all queries and heads. Computed in slabs: no N x N map is stored."""
+
+    layer: int | None = -1
+
+
+@dataclass(frozen=True)
+class Keys(Need):
+    """(B, N, d) attention keys averaged over heads."""
+
+    layer: int | None = -1
+
+
+@dataclass(frozen=True)
+class LastAttention(Need):
+    """(B, H, N) attention of the prompt's last token over the row's tokens, at a language-model layer, after softmax over all
+    keys. None means the layer before the one the method stands in."""
+
+    layer: int | None = None
+
+
+# -- the method --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where a method comes from and where it works."""
+
+    id: str
+    title: str
+    year: int
+    source: str
+    family: str
+    stage: str
+    training_free: bool
+    cls: type[Method] = field(repr=False, compare=False)
+
+    def row(self) -> dict[str, Any]:
+        """The card as plain data, one row of `jeton methods --json`."""
+        return {name: getattr(self, name) for name in ("id", "family", "stage", "title", "year", "source", "training_free")}
+
+
+class Method:
+    """Base of every reduction method. Subclasses are dataclasses whose fields are the paper's hyper-parameters.
+
+    `site` is where it acts (one of `SITES`). `point` says where inside a block: "before" it, in the "middle" between attention
+    and MLP, or "after" it. `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them
+    beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
+    of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block).
+    """
+
+    card: ClassVar[Card]
+    site: ClassVar[str]
+    point: ClassVar[str] = "middle"
+    newlines: ClassVar[str] = "keep"
+    prefix_tokens: ClassVar[bool] = False
+    proportional: bool = False
+
+    def needs(self) -> dict[str, Need]:
+        """The signals `reduce` reads, by the name under which it finds them."""
+        return {}
+
+    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        """Decide: tokens (B, N, D) and the declared signals give a `Reduction` of (B, N) to (B, K)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it reduces tokens.")
+
+    def steps(self, n: int, depth: int) -> list[Method | None]:
+        """For the sites block and layer: what to do at each of `depth` blocks or layers, given `n` tokens at the first one.
+        Each entry is a method whose `reduce` does that one step, or None for nothing there."""
+        raise NotImplementedError(f"{type(self).__name__} acts at site {self.site} and must list its steps.")
+
+    def promise(self, n: int, depth: int = 12) -> Promise:
+        """Tokens left of one image (or crop) of `n` tokens, before anything has run. `depth` is the number of encoder blocks
+        or layers the tokens pass."""
+        raise NotImplementedError(f"{type(self).__name__} must promise its count.")
+
+    def __or__(self, other: Method) -> Sequence:
+        return Sequence(self, other)
+
+    @property
+    def spec(self) -> str:
+        """The method written as a spec, with the fields that differ from their defaults."""
+        shown = []
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if item.init and value != item.default:
+                shown.append(f"{item.name}={value!r}")
+        return f"{self.card.id}({', '.join(shown)})" if shown else self.card.id
+
+
+class Sequence(Method):
+    """Several methods, one after the other, each at its own site: ``Sequence(a, b)`` or ``a | b``."""
+
+    site = "sequence"
+
+    def __init__(self, *methods: Method) -> None:
+        flat: list[Method] = []
+        for method in methods:
+            flat.extend(method.methods if isinstance(method, Sequence) else [method])
+        if not flat:
+            raise ValueError("Sequence needs at least one method.")
+        self.methods = tuple(flat)
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def __repr__(self) -> str:
+        return " | ".join(repr(method) for method in self.methods)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.methods == other.methods
+
+    def __hash__(self) -> int:
+        return hash(self.methods)
+
+    @property
+    def spec(self) -> str:
+        return " | ".join(method.spec for method in self.methods)
+
+    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        """Chain the methods on plain tokens. Signals are not available between them: methods that need some must be applied
+        to a model."""
+        result = Reduction.identity(tokens.features.shape[0], len(tokens), tokens.device, tokens.prefix)
+        for method in self.methods:
+            step = method.reduce(tokens, signals)
+            tokens, result = step.apply(tokens), result.then(step)
+        return result
+
+    def promise(self, n: int, depth: int = 12) -> Promise:
+        exact = True
+        for method in self.methods:
+            step = method.promise(n, depth)
+            n, exact = step.count, exact and step.exact
+        return Promise(n, exact)
+
+
+# -- registry ----------------------------------------------------------------------------------------------------------
+
+_REGISTRY: dict[str, Card] = {}
+_ROOMS = ("reduce",)
+M = TypeVar("M", bound=type[Method])
+
+
+def register(
+    *, title: str, year: int, source: str, family: str, stage: str, training_free: bool = True, id: str | None = None
+) -> Callable[[M], M]:
+    """Class decorator that files a method under its id (by default the module's name, underscores as hyphens)."""
+
+    def file(cls: M) -> M:
+        if not dataclasses.is_dataclass(cls):
+            raise TypeError(f"{cls.__name__} must be a dataclass before it is registered.")
+        name = id or cls.__module__.rpartition(".")[2].replace("_", "-")
+        known = _REGISTRY.get(name)
+        if known is not None and known.cls.__qualname__ != cls.__qualname__:
+            raise ValueError(f"the id {name!r} is already taken by {known.cls.__name__}.")
+        cls.card = Card(name, title, year, source, family, stage, training_free, cls)
+        _REGISTRY[name] = cls.card
+        return cls
+
+    return file
+
+
+def methods(family: str | None = None) -> list[Card]:
+    """The cards of every registered method, by id; of one family if given."""
+    _load()
+    return [card for _, card in sorted(_REGISTRY.items()) if family is None or card.family == family]
+
+
+def find(name: str) -> Card:
+    """The card of one method; an unknown name suggests the nearest."""
+    _load()
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else " See jeton.methods() for all of them."
+        raise ValueError(f"there is no method {name!r}.{hint}")
+    return _REGISTRY[name]
+
+
+def get(spec: str | Method, **fields: Any) -> Method:
+    """A method from its name, its spec or itself: ``get("tome", r=8)``, ``get("tome(r=8) | divprune(keep=64)")``."""
+    if isinstance(spec, Method):
+        if fields:
+            raise TypeError(f"fields {sorted(fields)} cannot be set on a method that is already made.")
+        return spec
+    if not isinstance(spec, str):
+        raise TypeError(f"a method is named by a string, such as 'divprune(keep=64)', got {spec!r}.")
+    # an id may hold hyphens or begin with a digit, which Python names may not: "_" in front, hyphens as underscores
+    text = re.sub(r"(^|\|)\s*([A-Za-z0-9_-]+)", lambda hit: f"{hit[1]}_{hit[2].replace('-', '_')}", spec)
+    try:
+        parsed = _parse(ast.parse(text, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"cannot read the spec {spec!r}: write it as 'tome(r=8) | divprune(keep=64)'.") from error
+    made = [_make(name[1:], {**options, **fields}) for name, options in parsed]
+    if len(made) > 1 and fields:
+        raise TypeError("fields can only be given beside a single method; write them inside the spec.")
+    return made[0] if len(made) == 1 else Sequence(*made)
+
+
+def _parse(node: ast.expr) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _parse(node.left) + _parse(node.right)
+    if isinstance(node, ast.Name):
+        return [(node.id, {})]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        try:
+            return [(node.func.id, {word.arg or "": ast.literal_eval(word.value) for word in node.keywords})]
+        except ValueError as error:
+            raise SyntaxError(str(error)) from error
+    raise SyntaxError("a spec is names with keyword fields, joined by |")
+
+
+def _make(name: str, options: dict[str, Any]) -> Method:
+    card = find(name.replace("_", "-"))
+    known = [item.name for item in dataclasses.fields(card.cls) if item.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise TypeError(f"{card.id} has no field {option!r}.{hint} Its fields are {', '.join(known) or 'none'}.")
+    return card.cls(**options)
+
+
+def _load() -> None:
+    """Import every method file once, so that the registry is complete. Only `method` itself may name the rooms."""
+    for room in _ROOMS:
+        package = importlib.import_module(f"{__package__}.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")

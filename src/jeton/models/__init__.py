@@ -1,0 +1,18 @@
+"""What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
+
+from . import clip, llava, llava_next, qwen2_5_vl, vit
+from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
+
+__all__ = [
+    "Encoder",
+    "Parts",
+    "Registry",
+    "VisionLanguage",
+    "adapt",
+    "adapter",
+    "clip",
+    "llava",
+    "llava_next",
+    "qwen2_5_vl",
+    "vit",
+]

@@ -1,0 +1,212 @@
+"""What jeton must know of a model, as two small views: `Encoder` and `VisionLanguage`. One file per family fills them in.
+
+Adding a family: subclass the view, name its parts, and register it under the transformers class names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from ..layout import Geometry
+from ..method import Unsupported
+
+Inputs = Mapping[str, Any]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``."""
+
+    norm1: Callable[..., Tensor]
+    attention: nn.Module
+    norm2: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+    scale1: Callable[..., Tensor] = _same
+    scale2: Callable[..., Tensor] = _same
+    drop1: Callable[..., Tensor] = _same
+    drop2: Callable[..., Tensor] = _same
+
+
+class Encoder:
+    """View of a vision encoder.
+
+    prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
+    travel in one sequence (no batch axis), so tokens cannot leave inside a block. pool_mask: the encoder pads pictures and
+    hands a token mask to its pooling head.
+    """
+
+    prefix: int = 0
+    has_class: bool = False
+    packed: bool = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def parts(self, block: nn.Module) -> Parts:
+        raise NotImplementedError
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The module that calls the attention function (or holds the one that does)."""
+        return self.parts(block).attention
+
+    @property
+    def patch_size(self) -> int:
+        size = self.model.config.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Patches per column and row for pixel values (B, C, H, W)."""
+        return pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
+
+    def geometry(self, inputs: Inputs) -> list[Geometry]:
+        """One geometry for each picture of the batch."""
+        pixels = inputs["pixel_values"]
+        return [Geometry.picture(*self.grid(pixels))] * pixels.shape[0]
+
+    def token_mask(self, inputs: Inputs) -> Tensor | None:
+        """(B, N) true where a patch is real; None when all are."""
+        return None
+
+    def smaller(self, inputs: Inputs, picture: Callable[[Tensor, tuple[int, int], int], Tensor], grid: tuple[int, int]) -> dict:
+        """Inputs for the same encoder on a smaller picture of `grid` patches, position embeddings interpolated."""
+        pixels = picture(inputs["pixel_values"], grid, self.patch_size)
+        return {**inputs, "pixel_values": pixels, "interpolate_pos_encoding": True}
+
+    def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
+        """One layer's record, per attention call (packed encoders call once per picture or window), in the order of patches."""
+        return record[0]
+
+    def keys(self, block: int, n: int) -> int:
+        """Keys each token attends to in a block, of n tokens in its picture."""
+        return n
+
+    @property
+    def dims(self) -> tuple[int, int, bool]:
+        """Width, MLP width and whether the MLP is gated, for counting FLOPs."""
+        config = self.model.config
+        return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
+
+
+class VisionLanguage:
+    """View of a vision-language model.
+
+    base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
+    projector: the module that maps encoder features one by one to embeddings, or None where features are mixed on the way
+    (patch mergers); then methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    """
+
+    projector: nn.Module | None = None
+    rotary_rows: int = 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base = model.model if hasattr(model, "model") and hasattr(model.model, "language_model") else model
+        self.decoder = self.base.language_model
+        self.encoder = self.vision()
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    def vision(self) -> Encoder:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.decoder.layers)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        return layer.self_attn
+
+    @property
+    def rotary(self) -> nn.Module:
+        return self.decoder.rotary_emb
+
+    @property
+    def feature_block(self) -> int:
+        """The encoder block whose output is handed on."""
+        index = getattr(self.model.config, "vision_feature_layer", -1)
+        index = index if isinstance(index, int) else index[-1]
+        depth = len(self.encoder.blocks)
+        return index - 1 if index >= 0 else depth + index
+
+    def streams(self) -> dict[str, str]:
+        """Kinds of pictures and the method of `base` that encodes them."""
+        return {"image": "get_image_features"}
+
+    def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
+        """One geometry for each image (or video) of one encoder call, in order."""
+        raise NotImplementedError
+
+    def visual(self, input_ids: Tensor, stream: str) -> Tensor:
+        """(B, L) true at the columns that hold visual tokens of this kind."""
+        return input_ids == self.model.config.image_token_id
+
+    @property
+    def dims(self) -> tuple[int, int, int, bool]:
+        """Width, key/value width, MLP width and whether the MLP is gated, of the language model."""
+        config = self.decoder.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.hidden_size, config.num_key_value_heads * head, config.intermediate_size, True
+
+
+class Registry:
+    """Views by the class name of the transformers model they fit."""
+
+    encoders: ClassVar[dict[str, type[Encoder]]] = {}
+    models: ClassVar[dict[str, type[VisionLanguage]]] = {}
+
+
+V = TypeVar("V", bound=type)
+
+
+def adapter(*names: str) -> Callable[[V], V]:
+    """Class decorator: this view fits the transformers classes of these names."""
+
+    def file(view: V) -> V:
+        shelf = Registry.models if issubclass(view, VisionLanguage) else Registry.encoders
+        shelf.update(dict.fromkeys(names, view))
+        return view
+
+    return file
+
+
+def adapt(model: nn.Module) -> Encoder | VisionLanguage:
+    """The view that fits a model, or the encoder inside a model with a task head on top."""
+    for candidate in _inside(model):
+        name = type(candidate).__name__
+        if name in Registry.models:
+            return Registry.models[name](candidate)
+        if name in Registry.encoders:
+            return Registry.encoders[name](candidate)
+    known = ", ".join(sorted([*Registry.models, *Registry.encoders]))
+    raise Unsupported(
+        f"jeton has no adapter for {type(model).__name__}. It knows {known}; adding a family is one small file in jeton/models."
+    )
+
+
+def _inside(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        yield base
+    vision = getattr(model, "vision_model", None)
+    if isinstance(vision, nn.Module):
+        yield vision
+

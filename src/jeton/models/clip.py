@@ -1,0 +1,45 @@
+"""CLIP and SigLIP vision towers: the same pre-norm block; CLIP has a class token in front, SigLIP has none."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layout import Geometry
+from .base import Encoder, Inputs, Parts, adapter
+
+
+class _Tower(Encoder):
+    @property
+    def blocks(self) -> list[nn.Module]:
+        inner = getattr(self.model, "vision_model", self.model)
+        return list(inner.encoder.layers)
+
+    def parts(self, block: nn.Module) -> Parts:
+        return Parts(block.layer_norm1, block.self_attn, block.layer_norm2, block.mlp)
+
+
+@adapter("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer")
+class Clip(_Tower):
+    prefix = 1
+    has_class = True
+
+
+@adapter("SiglipVisionModel", "SiglipVisionTransformer")
+class Siglip(_Tower):
+    pass
+
+
+@adapter("Siglip2VisionModel", "Siglip2VisionTransformer")
+class Siglip2(_Tower):
+    """NaFlex: pictures of any shape as rows of flattened patches, padded on the right and masked."""
+
+    def geometry(self, inputs: Inputs) -> list[Geometry]:
+        longest = inputs["pixel_values"].shape[1]
+        shapes = inputs["spatial_shapes"].tolist()
+        if any(height * width > longest for height, width in shapes):
+            raise ValueError("spatial_shapes describe more patches than pixel_values hold.")
+        return [Geometry.picture(height, width) for height, width in shapes]
+
+    def token_mask(self, inputs: Inputs) -> Tensor | None:
+        mask = inputs.get("pixel_attention_mask")
+        return None if mask is None else mask.bool()

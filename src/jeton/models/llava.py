@@ -1,0 +1,39 @@
+"""LLaVA-1.5: one picture an image, a per-token projector, one run of image tokens."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import nn
+
+from ..layout import Geometry
+from ..method import Unsupported
+from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+
+
+@adapter("LlavaForConditionalGeneration", "LlavaModel")
+class Llava(VisionLanguage):
+    @property
+    def projector(self) -> nn.Module:  # type: ignore[override]
+        return self.base.multi_modal_projector
+
+    def check(self) -> None:
+        if self.encoder.prefix and getattr(self.model.config, "vision_feature_select_strategy", "default") == "full":
+            raise Unsupported(
+                f'{self.name} hands its class token on (vision_feature_select_strategy="full"); jeton reads the default strategy.'
+            )
+
+    def vision(self) -> Encoder:
+        tower = adapt(self.base.vision_tower)
+        assert isinstance(tower, Encoder)
+        return tower
+
+    def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
+        self.check()
+        pixels = inputs["pixel_values"]
+        return [_picture(*self.encoder.grid(pixels))] * pixels.shape[0]
+
+
+@lru_cache(maxsize=32)
+def _picture(height: int, width: int) -> Geometry:
+    return Geometry.picture(height, width)

@@ -1,0 +1,50 @@
+"""Attention looked at from the side: the rows a method asks for, rebuilt from queries and keys in float32.
+
+The model keeps its own fast attention. Letters: Hq query heads, Hk key heads (Hq a multiple of Hk), R query rows, N keys,
+d width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None, logits: bool = False) -> Tensor:
+    """(B, Hq, R, N) float32: ``softmax(q kᵀ · scale + mask)`` for q (B, Hq, R, d) and k (B, Hk, N, d).
+
+    `mask` is as for scaled_dot_product_attention (true where attended, or added to the logits), broadcastable to (B, Hq, R, N).
+    `scale` is d^-1/2 if not given. With `logits` the softmax is left out. Keys shared by several query heads are not copied.
+    """
+    b, hq, r, d = q.shape
+    hk = k.shape[1]
+    assert hq % hk == 0 and k.shape[3] == d, f"heads or widths do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}"
+    scale = d**-0.5 if scale is None else scale
+    grouped = (q.float() * scale).reshape(b, hk, (hq // hk) * r, d)
+    scores = (grouped @ k.float().mT).reshape(b, hq, r, k.shape[2])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores if logits else scores.softmax(-1)
+
+
+def received(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None, slab: int = 128) -> Tensor:
+    """(B, N) float32: the attention each token receives, averaged over all real queries and heads; q and k over the same N.
+
+    `mask` (B, N) is true where a token is real. Queries are taken `slab` at a time, so no N x N map is stored.
+    """
+    b, h, n, _ = q.shape
+    total = torch.zeros(b, n, dtype=torch.float32, device=q.device)
+    keys = None if mask is None else mask[:, None, None, :]
+    for start in range(0, n, slab):
+        part = rows(q[:, :, start : start + slab], k, scale, keys)
+        if mask is not None:  # where, not times: a row without any real key is NaN
+            part = part.masked_fill(~mask[:, None, start : start + slab, None], 0)
+        total = total + part.sum((1, 2))
+    queries = n if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
+    return total / (h * queries)
+
+
+def bias(size: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 1, 1, N): log(size), to be added to the logits so that a token standing for s originals counts s times as a key."""
+    assert size.dim() == 2, f"size must be (B, N), got {tuple(size.shape)}"
+    return size.float().log()[:, None, None, :].to(dtype)

@@ -1,0 +1,99 @@
+"""Cells of a picture: how a grid of patches is cut into exactly k rectangles, or into a smaller grid.
+
+Letters: U units (pictures in a row). Whole-number arithmetic on tensors, so that rows may hold pictures of different shapes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tokens import Place
+
+
+class Boxes(NamedTuple):
+    """(B, U) each: the smallest rectangle that holds the real tokens of a unit, in patches."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def boxes(place: Place, mask: Tensor | None = None) -> Boxes:
+    """Where the real tokens of each unit lie; any-resolution crops may have lost their padded border."""
+    real = place.unit >= 0 if mask is None else mask & (place.unit >= 0)
+    unit = place.unit.masked_fill(~real, place.units)
+    shape = (unit.shape[0], place.units + 1)
+    low = [unit.new_full(shape, 2**31).scatter_reduce(1, unit, x, "amin")[:, :-1] for x in (place.row, place.col)]
+    high = [unit.new_full(shape, -1).scatter_reduce(1, unit, x, "amax")[:, :-1] for x in (place.row, place.col)]
+    low = [torch.minimum(a, b.clamp(min=0)) for a, b in zip(low, high, strict=True)]  # an absent unit: 0, not 2^31
+    return Boxes(*low, *((b - a + 1).clamp(min=1) for a, b in zip(low, high, strict=True)))
+
+
+def cells(place: Place, quota: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cut each unit into quota[b, u] cells: (B, N) number of each token's cell in its row (-1 for none), and (B, N) its squared
+    distance to the middle of that cell (in quarter patches, whole numbers).
+
+    `rows` (B, U) says how many rows of cells, by default about ``sqrt(quota · height / width)``. Each row of cells has one
+    quota / rows-th of them, rounded down or up. quota must not exceed the area of the unit.
+    """
+    box = boxes(place, mask)
+    if rows is None:
+        rows = (quota * box.height / box.width).sqrt().round().long()
+        rows = torch.maximum(rows, -(-quota // box.width)).minimum(box.height).minimum(quota)
+    unit = place.unit.clamp(min=0)
+    top, left, height, width = (field.gather(1, unit) for field in box)
+    k, gh = quota.gather(1, unit), rows.gather(1, unit).clamp(min=1)
+    row, col = place.row - top, place.col - left
+    band = row * gh // height
+    first = band * k // gh
+    across = ((band + 1) * k // gh - first).clamp(min=1)
+    column = col * across // width
+    start = (quota.cumsum(1) - quota).gather(1, unit)
+    out = (place.unit < 0) | (k == 0)
+    if mask is not None:
+        out = out | ~mask
+    off = _off_middle(row, band, gh, height) + _off_middle(col, column, across, width)
+    return (start + first + column).masked_fill(out, -1), off
+
+
+def central(label: Tensor, off: Tensor, k: int) -> Tensor:
+    """(B, N) for each token the position of the most central token of its cell (lowest on ties), -1 where label is -1."""
+    n = label.shape[1]
+    here = torch.arange(n, device=label.device)
+    group = label.masked_fill(label < 0, k)
+    worst = torch.iinfo(torch.long).max
+    best = label.new_full((label.shape[0], k + 1), worst).scatter_reduce(1, group, off * n + here, "amin")
+    return (best % n).gather(1, group).masked_fill(label < 0, -1)
+
+
+def fit(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the smaller grid in place of height x width with at most k cells.
+
+    Two candidates stand next to the true aspect ratio: ``sqrt(k h / w)`` rows rounded down with as many columns as fit, and the
+    same with rows and columns exchanged. The one with more cells wins, then the one closer in shape, then the first.
+    """
+    wide = _fill(k, height, width)
+    tall = _fill(k, width, height)[::-1]
+
+    def skew(grid: tuple[Tensor, Tensor]) -> Tensor:
+        return ((grid[0] * width).double() / (grid[1] * height)).log().abs()
+
+    more = tall[0] * tall[1] - wide[0] * wide[1]
+    better = (more > 0) | ((more == 0) & (skew(tall) < skew(wide) - 1e-9))
+    return torch.where(better, tall[0], wide[0]), torch.where(better, tall[1], wide[1])
+
+
+def _fill(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    rows = ((k * height).double() / width + 1e-9).sqrt().floor().long().clamp(min=1).minimum(height)
+    return rows, (k // rows).clamp(min=1).minimum(width)
+
+
+def _off_middle(x: Tensor, cell: Tensor, parts: Tensor, length: Tensor) -> Tensor:
+    """Squared distance of x to the middle of its cell, times four: cell c of `parts` holds x with c = x · parts // length."""
+    first = -(-cell * length // parts)
+    last = -(-(cell + 1) * length // parts) - 1
+    return (2 * x - first - last) ** 2

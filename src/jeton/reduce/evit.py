@@ -1,0 +1,127 @@
+"""EViT: keep what the class token attends to, fuse the rest into one token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
+from ..ops.budget import counts, geometrically
+from ..ops.merging import merge
+from ..ops.ranking import rank
+from ..tokens import Reduction, Tokens
+from ._common import attention, check_ratio, check_score, score_of
+
+Size = TypeVar("Size", int, Tensor)
+
+
+@register(
+    title="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
+    year=2022,
+    source="arXiv:2202.07800",
+    family="vit",
+    stage="block",
+)
+@dataclass(frozen=True)
+class EViT(Method):
+    """At a few blocks, between attention and MLP, keep the patches the class token attends to most and fuse the others.
+
+    a (B, T) = mean over heads of the class token's attention in the same block over the T patches (a fused token of an earlier
+    stage is one of them). ceil(ratio T) patches stay; the others become one token f = sum a_i x_i, whose weights sum to less
+    than 1 (to 1 with `normalise`); without `fuse` they are dropped. The published sequence is [class, kept by falling a, f].
+
+    `locations` are the blocks; None means (3, 6, 9) of 12, in proportion for other depths. `keep` sets the number of patches
+    left at last, the fused one counted, by the same share at each location. `score` "received" uses the attention each patch
+    receives instead, for encoders without a class token.
+    """
+
+    site = "block"
+    ratio: float = 0.7
+    keep: int | float | None = None
+    locations: tuple[int, ...] | None = None
+    fuse: bool = True
+    normalise: bool = False
+    score: str = "class"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        if self.keep is not None:
+            check_keep(self.keep)
+        check_score(self.score)
+        if self.locations is not None:
+            object.__setattr__(self, "locations", tuple(self.locations))
+            if not self.locations or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in self.locations):
+                raise ValueError(f"locations must be block numbers from 0, such as (3, 6, 9), got {self.locations!r}.")
+
+    def needs(self) -> dict[str, Need]:
+        return {"attention": attention(self.score, layer=None)}
+
+    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        b, n, _ = tokens.features.shape
+        prefix, mask = tokens.prefix, tokens.mask
+        kept = self._kept(n - prefix)
+        if kept == n - prefix and mask is None:
+            return Reduction.identity(b, n, tokens.device, prefix)
+        score = score_of(signals, "attention", "evit")
+        here = torch.arange(n, device=tokens.device)
+        shown = score if mask is None else score.masked_fill(~mask, -torch.inf)
+        place = rank(torch.where(here < prefix, torch.inf, shown))
+        stay: int | Tensor = prefix + (kept if mask is None else self._kept(tokens.count()[:, None] - prefix))
+        lost = place >= stay
+        best_lost = ((place == stay) * here).sum(1, keepdim=True)
+        into = torch.where(lost, best_lost if self.fuse else -1, here)
+        if mask is not None:
+            into, lost = into.masked_fill(~mask, -1), lost & mask
+        if self.normalise:
+            score = score / score.masked_fill(~lost, 0).sum(1, keepdim=True).clamp(min=1e-12)
+        k = prefix + self._after(n - prefix)
+        step = merge(into, k, weight=torch.where(lost, score, 1.0), prefix=prefix, ragged=mask is not None)
+        return replace(step, order=place.gather(1, step.index))
+
+    def steps(self, n: int, depth: int) -> list[Method | None]:
+        stages = self._stages(depth)
+        plan = dict(zip(stages, self._plan(n, len(stages)), strict=True))
+        return [(replace(self, keep=plan[x]) if self.keep else self) if x in plan else None for x in range(depth)]
+
+    def promise(self, n: int, depth: int = 12) -> Promise:
+        return Promise(self._plan(n, len(self._stages(depth)))[-1])
+
+    def _stages(self, depth: int) -> list[int]:
+        if self.locations is None:
+            return sorted({max(1, depth * part // 4) for part in (1, 2, 3)} & set(range(depth))) or [0]
+        if max(self.locations) >= depth:
+            raise ValueError(
+                f"evit(locations={self.locations}) needs block {max(self.locations)}, but there are only {depth} "
+                f"blocks; use blocks 0 to {depth - 1}, or locations=None."
+            )
+        return sorted(set(self.locations))
+
+    def _plan(self, n: int, stages: int) -> list[int]:
+        """Patches after each stage, the fused one counted."""
+        if self.keep is not None:
+            return geometrically(n, Budget(self.keep).count(n), stages, halving=False)
+        plan = []
+        for _ in range(stages):
+            n = self._after(n)
+            plan.append(n)
+        return plan
+
+    def _kept(self, n: Size) -> Size:
+        """Patches of n that stay as they are."""
+        if self.keep is None:
+            share = Fraction(str(self.ratio))
+            return -(-n * share.numerator // share.denominator)
+        if isinstance(n, int):
+            left = Budget(self.keep).count(n)
+            return left - int(self.fuse and left < n)
+        most = counts(self.keep, n)
+        return most - ((most < n) & self.fuse).long()
+
+    def _after(self, n: int) -> int:
+        """Patches left of n, the fused one counted."""
+        kept = self._kept(n)
+        return kept + int(self.fuse and kept < n)

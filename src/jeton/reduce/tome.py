@@ -1,0 +1,92 @@
+"""ToMe: merge the most similar tokens, a few in every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..ops import matching
+from ..ops.budget import count, counts, evenly
+from ..tokens import Reduction, Tokens
+
+
+@register(title="Token Merging: Your ViT But Faster", year=2022, source="arXiv:2210.09461", family="vit", stage="block")
+@dataclass(frozen=True)
+class ToMe(Method):
+    """In every block, between attention and MLP, merge r tokens into their most similar partner.
+
+    Tokens at even places of the sequence send, those at odd places receive. S = cos of the attention keys, averaged over heads
+    (B, N, d); each sender goes to its best receiver, and the r best pairs merge into their size-weighted mean
+    x' = sum(s x) / sum(s). The sequence goes on as [unmerged even, odd]. Class, distillation and register tokens never move or
+    receive. With `proportional`, a token of size s counts s times as a key in attention (log s added to its logits).
+
+    `r` is the number per block; ``(r, inflect)`` goes linearly from ``2r - int(r (1 - inflect))`` down or up to the same
+    distance from r (inflect -1: decreasing); a list gives each block its own, zeros after its end. `keep` instead merges evenly
+    over all blocks until exactly that many patches are left. Called alone, reduce() is one merging of `r`, or as many as `keep`
+    takes; without keys as a signal it compares the features.
+    """
+
+    site = "block"
+    r: int | tuple[int, float] | list[int] = field(default=8, hash=False)
+    keep: int | float | None = None
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_keep(self.keep)
+        if isinstance(self.r, tuple) and len(self.r) != 2:
+            raise ValueError(f"r={self.r!r}: a tuple is (r, inflect), e.g. (13, -1.0); write a number per block as a list.")
+        whole = self.r[:1] if isinstance(self.r, tuple) else self.r if isinstance(self.r, list) else [self.r]
+        for r in whole:
+            if isinstance(r, bool) or not isinstance(r, int):
+                raise TypeError(f"r must be an int, (r, inflect) or a list of ints, got {self.r!r}.")
+            if r < 0:
+                raise ValueError(f"r={self.r!r} merges a negative number of tokens; write r=0 to merge none.")
+
+    def needs(self) -> dict[str, Need]:
+        return {"keys": Keys(layer=None)}
+
+    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        metric = signals["keys"] if signals and "keys" in signals else tokens.features
+        n, real = len(tokens) - tokens.prefix, None
+        if tokens.mask is not None:
+            real = tokens.count()[:, None] - tokens.prefix
+        if self.keep is None:
+            r = self._removed(1)[0]
+            goals = [n - min(r, n // 2)]
+            quota = None if real is None else real - (real // 2).clamp(max=r)
+        else:
+            goals = matching.halvings(n, count(self.keep, n))
+            if real is not None:
+                goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
+            quota = None if real is None else counts(self.keep, real)
+        return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, quota, self._match)
+
+    def steps(self, n: int, depth: int) -> list[Method | None]:
+        if self.keep is not None:
+            plan = [n, *evenly(n, Budget(self.keep).count(n), depth)]
+            return [replace(self, keep=b) if b < a else None for a, b in pairwise(plan)]
+        return [replace(self, r=r) if r else None for r in self._removed(depth)]
+
+    def promise(self, n: int, depth: int = 12) -> Promise:
+        if self.keep is not None:
+            return Promise(evenly(n, Budget(self.keep).count(n), depth)[-1])
+        for r in self._removed(depth):
+            n -= min(r, n // 2)
+        return Promise(n)
+
+    @staticmethod
+    def _match(tokens: Tokens, r: int, cap: object) -> matching.Pairs:
+        return matching.by_parity(tokens.features, tokens.prefix, tokens.order, tokens.mask)
+
+    def _removed(self, depth: int) -> list[int]:
+        """r of each block, before any clamping to half of the tokens."""
+        if isinstance(self.r, list):
+            return (self.r + [0] * depth)[:depth]
+        if isinstance(self.r, int) or depth == 1:
+            return [self.r if isinstance(self.r, int) else self.r[0]] * depth
+        r, inflect = self.r
+        least = int(r * (1.0 - inflect))
+        step = (2 * r - 2 * least) / (depth - 1)
+        return [int(least + step * block) for block in range(depth)]

@@ -1,0 +1,368 @@
+"""The two values that flow through every room: `Tokens`, and the `Reduction` that makes fewer of them.
+
+A reduction is a sparse matrix ``A`` of shape (K, N): ``new = A @ old``. Pruning has one-hot rows, merging weighted rows, soft
+clustering dense rows. Everything else (features, sizes, positions, masks, un-merging, pictures) follows from ``A`` here.
+
+Letters: B rows (one row is one image, or one picture inside an encoder), N tokens before, K tokens after, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where each token of a row stands in its picture; every field (B, N), long.
+
+    `unit` numbers the pictures inside one row: 0 is the only picture or the thumbnail, 1, 2, ... are crops or video frames, and
+    -1 marks structure that shows nothing (newline tokens, row breaks). `row` and `col` count patches from the top left of that
+    unit. `height` and `width` are the grid of the token's unit. `units` is the largest number of units in any row.
+
+    Any-resolution pictures also say how their crops lie over the thumbnail: `crop_row` and `crop_col` place the token's crop in
+    a grid of `crop_rows` x `crop_cols` crops (all 0 for rows that are a single picture; the thumbnail's position is 0, 0).
+    """
+
+    unit: Tensor
+    row: Tensor
+    col: Tensor
+    height: Tensor
+    width: Tensor
+    units: int = 1
+    crop_row: Tensor | None = None
+    crop_col: Tensor | None = None
+    crop_rows: Tensor | None = None
+    crop_cols: Tensor | None = None
+
+    @classmethod
+    def grid(cls, batch: int, height: int, width: int, device: torch.device | str | None = None) -> Place:
+        """The plain case: each row is one picture of height x width patches, listed row by row."""
+        cells = torch.arange(height * width, device=device).expand(batch, -1)
+        return cls(
+            torch.zeros_like(cells),
+            cells // width,
+            cells % width,
+            torch.full_like(cells, height),
+            torch.full_like(cells, width),
+        )
+
+    def gather(self, index: Tensor) -> Place:
+        """The places of the tokens at `index` (B, K)."""
+        return self._map(lambda field: field.gather(1, index))
+
+    def pick(self, rows: Tensor) -> Place:
+        """The places of some rows."""
+        return self._map(lambda field: field[rows])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Place:
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return Place(**{name: change(f) if isinstance(f, Tensor) else f for name, f in fields.items()})
+
+    @property
+    def structure(self) -> Tensor:
+        """(B, N) true for tokens that show no part of a picture."""
+        return self.unit < 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens on their way through a model.
+
+    features: (B, N, D). mask: (B, N) true where the token is real, None when all are. index: (B, N) original index of each
+    token, None for 0..N-1. size: (B, N) how many originals each token stands for, None for 1. prefix: how many special tokens
+    (class, registers) stand in front; no method reduces those. place: the geometry, where it is known. order: (B, N) rank of
+    each token in the listing of the published method, None where the tokens stand in that order already.
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+    index: Tensor | None = None
+    size: Tensor | None = None
+    prefix: int = 0
+    place: Place | None = None
+    order: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.features.dim() != 3:
+            raise ValueError(f"Tokens.features must be (B, N, D), got {tuple(self.features.shape)}.")
+        for name in ("mask", "index", "size", "order"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.features.shape[:2]:
+                raise ValueError(f"Tokens.{name} must be {tuple(self.features.shape[:2])}, got {tuple(value.shape)}.")
+
+    def __len__(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @property
+    def real(self) -> Tensor:
+        """(B, N) true where the token is real."""
+        return self.mask if self.mask is not None else self.features.new_ones(self.features.shape[:2], dtype=torch.bool)
+
+    @property
+    def origin(self) -> Tensor:
+        """(B, N) original index of each token."""
+        if self.index is not None:
+            return self.index
+        return torch.arange(len(self), device=self.device).expand(self.features.shape[0], -1)
+
+    @property
+    def weight(self) -> Tensor:
+        """(B, N) float32: how many originals each token stands for."""
+        if self.size is not None:
+            return self.size
+        return torch.ones(self.features.shape[:2], dtype=torch.float32, device=self.device)
+
+    def count(self) -> Tensor:
+        """(B,) number of real tokens."""
+        return self.real.sum(1)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """N tokens become K: the matrix ``A`` in compact form.
+
+    index: (B, K) for each new token the old token that represents it (gives it position and place), ascending; the
+    representative is itself one of the tokens that went there, except under a dense `matrix`.
+    assign: (B, N) for each old token the new token it went to, -1 if dropped.
+    weight: (B, N) float32, the entry ``A[assign[n], n]``; None means 1 for the representative and nothing else: a pure drop.
+    matrix: (B, K, N) float32 for dense soft assignments; then `weight` is unused.
+    mask: (B, K) true where the new token is real; None when all are.
+    order: (B, K) rank of each new token in the published method's listing; None when ascending.
+    prefix: how many of the new tokens, in front, are the encoder's special tokens.
+    """
+
+    index: Tensor
+    assign: Tensor
+    weight: Tensor | None = None
+    matrix: Tensor | None = None
+    mask: Tensor | None = None
+    order: Tensor | None = None
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        if self.index.dim() != 2 or self.assign.dim() != 2 or self.index.shape[0] != self.assign.shape[0]:
+            raise ValueError(
+                f"Reduction needs index (B, K) and assign (B, N), got {tuple(self.index.shape)} and {tuple(self.assign.shape)}."
+            )
+
+    # -- making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def keep(cls, index: Tensor, n: int, mask: Tensor | None = None, prefix: int = 0) -> Reduction:
+        """A pure drop: keep the tokens at `index` (B, K), ascending, of `n`."""
+        k = index.shape[1]
+        assign = index.new_full((index.shape[0], n), -1)
+        target = torch.arange(k, device=index.device).expand_as(index)
+        if mask is None:
+            assign = assign.scatter(1, index, target)
+        else:  # padding slots may repeat an index: write them to a spare column that is cut off
+            assign = torch.nn.functional.pad(assign, (0, 1), value=-1)
+            assign = assign.scatter(1, index.masked_fill(~mask, n), target)[:, :n]
+        return cls(index, assign, mask=mask, prefix=prefix)
+
+    @classmethod
+    def select(cls, chosen: Tensor, k: int | None = None, prefix: int = 0) -> Reduction:
+        """A pure drop from a boolean map `chosen` (B, N).
+
+        With `k`, every row has exactly k true entries (no host sync); without it rows may differ: the result is padded at
+        the end and masked, at the cost of one host sync for the longest row.
+        """
+        n = chosen.shape[1]
+        ragged = k is None
+        if ragged:
+            k = int(chosen.sum(1).max())
+        index = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)[:, :k]
+        return cls.keep(index, n, chosen.gather(1, index) if ragged else None, prefix)
+
+    @classmethod
+    def soft(cls, matrix: Tensor, index: Tensor | None = None, mask: Tensor | None = None) -> Reduction:
+        """Dense assignment `matrix` (B, K, N); tokens belong, for pictures and restoring, to their heaviest row."""
+        assign = torch.where(matrix.amax(1) > 0, matrix.argmax(1), -1)
+        if index is None:
+            index = matrix.argmax(2)
+        return cls(index, assign, matrix=matrix.float(), mask=mask)
+
+    @classmethod
+    def identity(cls, batch: int, n: int, device: torch.device | str | None = None, prefix: int = 0) -> Reduction:
+        index = torch.arange(n, device=device).expand(batch, -1)
+        return cls(index, index, prefix=prefix)
+
+    # -- what it says ----------------------------------------------------------------------------------------------
+
+    @property
+    def n(self) -> int:
+        return self.assign.shape[1]
+
+    @property
+    def k(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def is_drop(self) -> bool:
+        """True if no new token mixes old ones."""
+        return self.weight is None and self.matrix is None
+
+    @property
+    def is_identity(self) -> bool:
+        """True if the shapes alone say that nothing changes (no host sync)."""
+        return self.is_drop and self.k == self.n and self.mask is None
+
+    @property
+    def real(self) -> Tensor:
+        """(B, K) true where the new token is real."""
+        return self.mask if self.mask is not None else torch.ones_like(self.index, dtype=torch.bool)
+
+    def count(self) -> Tensor:
+        """(B,) number of tokens after."""
+        return self.real.sum(1)
+
+    @property
+    def size(self) -> Tensor:
+        """(B, K) float32: how many old tokens each new one stands for (a drop stands for itself alone)."""
+        return self._sizes(torch.ones_like(self.assign, dtype=torch.float32))
+
+    @property
+    def dense(self) -> Tensor:
+        """(B, K, N) float32: the matrix written out. For looking and testing; nothing on a hot path needs it."""
+        if self.matrix is not None:
+            return self.matrix
+        row = torch.arange(self.k, device=self.index.device)[None, :, None]
+        return (self.assign[:, None, :] == row).float() * self._entries[:, None, :]
+
+    # -- what follows from it --------------------------------------------------------------------------------------
+
+    def mix(self, x: Tensor) -> Tensor:
+        """``A @ x`` for x of shape (B, N, ...), summed in float32 where tokens mix, in x's dtype on return."""
+        if self.is_drop:
+            return gather(x, self.index)
+        flat = x.reshape(x.shape[0], x.shape[1], -1)
+        if self.matrix is not None:
+            out = self.matrix.to(flat.device) @ flat.float()
+        elif self.mask is None:
+            out = self._gather_and_add(flat)
+        else:
+            out = self._scatter(flat.float() * self._entries[..., None])
+        return out.to(x.dtype).reshape(x.shape[0], self.k, *x.shape[2:])
+
+    def apply(self, tokens: Tokens) -> Tokens:
+        """The reduced tokens, with index, size, mask, place and order carried along."""
+        self._check(tokens)
+        if self.is_identity:
+            return tokens
+        mask = self.mask
+        if tokens.mask is not None:
+            kept = tokens.mask.gather(1, self.index)
+            mask = kept if mask is None else kept & mask
+        return replace(
+            tokens,
+            features=self.mix(tokens.features),
+            mask=mask,
+            index=tokens.origin.gather(1, self.index),
+            size=tokens.size.gather(1, self.index) if self.is_drop and tokens.size is not None else self._grown(tokens),
+            prefix=self.prefix,
+            place=tokens.place.gather(self.index) if tokens.place is not None else None,
+            order=self.order,
+        )
+
+    def restore(self, tokens: Tokens) -> Tokens:
+        """Back to N tokens: each old token takes the features of the new token it went to; dropped ones are zero and masked."""
+        if len(tokens) != self.k:
+            raise ValueError(f"restore expects the {self.k} tokens this reduction made, got {len(tokens)}.")
+        gone = self.assign < 0
+        features = gather(tokens.features, self.assign.clamp(min=0)).masked_fill(gone[..., None], 0)
+        return Tokens(features, mask=~gone, prefix=tokens.prefix)
+
+    def then(self, after: Reduction) -> Reduction:
+        """The reduction that does this one first, then `after` (which acts on this one's K tokens)."""
+        if after.n != self.k:
+            raise ValueError(f"cannot chain: the first gives {self.k} tokens, the second takes {after.n}.")
+        if self.is_identity:
+            return after
+        if after.is_identity:
+            return self
+        index = self.index.gather(1, after.index)
+        mask = after.mask
+        if self.mask is not None:
+            kept = self.mask.gather(1, after.index)
+            mask = kept if mask is None else kept & mask
+        if self.matrix is not None or after.matrix is not None:
+            return Reduction(
+                index,
+                self._through(after),
+                matrix=after.dense @ self.dense,
+                mask=mask,
+                order=after.order,
+                prefix=after.prefix,
+            )
+        weight = None
+        if not (self.is_drop and after.is_drop):
+            weight = self._entries * after._entries.gather(1, self.assign.clamp(min=0))
+        return Reduction(index, self._through(after), weight, mask=mask, order=after.order, prefix=after.prefix)
+
+    # -- private -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _entries(self) -> Tensor:
+        """(B, N) the entry of A that each old token carries into its new token."""
+        if self.weight is not None:
+            return self.weight
+        here = torch.arange(self.n, device=self.assign.device)
+        own = self.index.gather(1, self.assign.clamp(min=0)) == here
+        return (own & (self.assign >= 0)).float()
+
+    def _through(self, after: Reduction) -> Tensor:
+        chained = after.assign.gather(1, self.assign.clamp(min=0))
+        return torch.where(self.assign < 0, self.assign, chained)
+
+    def _gather_and_add(self, x: Tensor) -> Tensor:
+        """``A @ x`` for x (B, N, C): gather the K representatives, then add the other N - K, far fewer where little merges."""
+        b, k, entries = x.shape[0], self.k, self._entries
+        out = gather(x, self.index).float() * entries.gather(1, self.index)[..., None]
+        own = torch.zeros_like(self.assign, dtype=torch.uint8).scatter(1, self.index, 1)
+        rest = own.argsort(dim=1, stable=True)[:, : self.n - k]
+        into = self.assign.gather(1, rest)
+        gone = into < 0  # a dropped token adds nothing: zero times a kept token, so that its own values are never read
+        share = entries.gather(1, rest).masked_fill(gone, 0)
+        rows = gather(x, torch.where(gone, self.index[:, :1], rest)).float() * share[..., None]
+        slots = into.clamp(min=0) + k * torch.arange(b, device=into.device)[:, None]
+        return out.flatten(0, 1).index_add(0, slots.flatten(), rows.flatten(0, 1)).unflatten(0, (b, k))
+
+    def _scatter(self, x: Tensor) -> Tensor:
+        """Sum x (B, N, C) into its new tokens, giving (B, K, C)."""
+        b, _, c = x.shape
+        into = torch.where(self.assign < 0, self.k, self.assign)
+        out = x.new_zeros(b, self.k + 1, c)
+        return out.scatter_add(1, into[..., None].expand(-1, -1, c), x)[:, : self.k]
+
+    def _sizes(self, old: Tensor) -> Tensor:
+        if self.is_drop:
+            return old.gather(1, self.index)
+        if self.matrix is not None:
+            share = self.matrix / self.matrix.sum(1, keepdim=True).clamp(min=1e-12)
+            return (share @ old[..., None])[..., 0]
+        return self._scatter(old[..., None])[..., 0]
+
+    def _grown(self, tokens: Tokens) -> Tensor | None:
+        """A drop of tokens of size one needs no sizes."""
+        return None if self.is_drop and tokens.size is None else self._sizes(tokens.weight)
+
+    def _check(self, tokens: Tokens) -> None:
+        if len(tokens) != self.n or tokens.features.shape[0] != self.index.shape[0]:
+            raise ValueError(
+                f"this reduction takes ({self.index.shape[0]}, {self.n}) tokens, got {tuple(tokens.features.shape[:2])}."
+            )
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, N, ...) at index (B, K), giving (B, K, ...)."""
+    shape = index.shape + (1,) * (x.dim() - 2)
+    return x.gather(1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
