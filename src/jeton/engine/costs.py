@@ -121,7 +121,7 @@ class Costs:
         if not self.run.encoder.packed:
             start = site.patches if site.reduction is None else site.reduction.k - self.run.encoder.prefix
             return [(start + self.run.encoder.prefix,) * 2] * blocks if site.pictures else []
-        return [(self.layout.patches // max(1, self.layout.images),) * 2] * blocks if self.layout else []
+        return [(self.layout.album.patches // max(1, self.layout.images),) * 2] * blocks if self.layout else []
 
     def _layer_tokens(self) -> list[float]:
         view = self.run.view

@@ -122,6 +122,7 @@ class Entrance:
         if made is None:
             self._follow(kwargs)
             return
+        prompt.left = made
         kwargs["inputs_embeds"] = gather(embeds, made.index)
         ids = pick(kwargs["position_ids"], made.index)
         past = whole(self.past, made.index) if memory.entry is None else memory.entry

@@ -166,6 +166,7 @@ class LayerSite:
             return hidden
         made = Cut.nothing(hidden) if made is None else made
         hidden = gather(hidden, made.index)
+        prompt.left = made if prompt.left is None else prompt.left.then(made)
         if prompt.last is not None:
             prompt.last = (made.index == prompt.last[:, None]).to(torch.uint8).argmax(1)
         cut = made if self.stage is None or self.stage.cut is None else self.stage.cut.then(made)

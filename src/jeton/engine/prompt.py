@@ -11,7 +11,7 @@ from ..method import ClassAttention, LastAttention, Method, Need
 from ..models import VisionLanguage
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
-from .flow import Flow, Memory, Rows, Scene, Step
+from .flow import Cut, Flow, Memory, Rows, Scene, Step
 
 if TYPE_CHECKING:
     from .run import Run
@@ -21,7 +21,8 @@ class Prompt:
     """One vision-language model under a run. `scene` holds the pictures at hand, `flow` is set while a forward brings them.
 
     held, total: columns the entrance's cache holds before and after this forward. ids: position ids of what came through the
-    entrance. last: (B,) column of each sample's last real token, None for the last one.
+    entrance. last: (B,) column of each sample's last real token, None for the last one. left: the columns that are left of this
+    forward's, None while none is gone.
     """
 
     def __init__(self, run: Run, view: VisionLanguage, encoder: EncoderSite) -> None:
@@ -32,6 +33,7 @@ class Prompt:
         self.ids: Tensor | None = None
         self.last: Tensor | None = None
         self.held = self.total = 0
+        self.left: Cut | None = None
 
     def tokens(self, features: Tensor) -> Tokens:
         """The remaining visual tokens with these features (R, K, D)."""

@@ -18,6 +18,7 @@ from .encoder import EncoderSite
 from .entrance import Entrance
 from .gallery import Gallery
 from .layers import LayerSite
+from .loss import Loss
 from .outlet import Outlet
 from .projector import ProjectorSite
 from .prompt import Prompt
@@ -115,6 +116,7 @@ class Run:
             self.projector = ProjectorSite(prompt, early)
             self.projector.attach()
         LayerSite(prompt, layered).attach()
+        Loss(prompt).attach()
 
     def remove(self) -> None:
         """Take everything out again. Calling it twice does nothing."""

@@ -88,7 +88,7 @@ def fit(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fill(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    rows = ((k * height).double() / width + 1e-9).sqrt().floor().long().clamp(min=1).minimum(height)
+    rows = ((k * height).double() / width + 1e-9).sqrt().floor().long().minimum(height).minimum(k).clamp(min=1)
     return rows, (k // rows).clamp(min=1).minimum(width)
 
 

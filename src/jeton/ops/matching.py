@@ -109,7 +109,10 @@ def merge_pairs(tokens: Tokens, pairs: Pairs, goal: int, cap: Tensor | None = No
     step = merge(into, goal + prefix, tokens.size, prefix=prefix, ragged=cap is not None)
     if pairs.key is None:
         return step
-    key = pairs.key.gather(1, step.index)
+    key = pairs.key
+    if cap is not None:  # a row in which nothing merges keeps its listing, as it would alone
+        key = torch.where(cap > 0, key, tokens.order if tokens.order is not None else torch.arange(n, device=key.device))
+    key = key.gather(1, step.index)
     if step.mask is not None:
         key = key.masked_fill(~step.mask, 2 * n)
     return replace(step, order=key.argsort(dim=1, stable=True).argsort(dim=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -54,6 +55,8 @@ class PiToMe(Method):
             raise ValueError(f"ratio={self.ratio}: one merging can take away at most half of the tokens; use 0.5 to 1.0.")
         if self.keep is not None:
             check_keep(self.keep)
+        if not math.isfinite(self.margin) or not self.alpha > 0:
+            raise ValueError(f"margin must be a finite number and alpha above 0, got {self.margin!r} and {self.alpha!r}.")
         if self.form not in ("auto", "pitome", "bsm"):
             raise ValueError(f'form must be "auto", "pitome" or "bsm", got {self.form!r}.')
 
