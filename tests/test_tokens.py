@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from jeton.ops.merging import merge
-from jeton.tokens import Place, Reduction, Tokens, gather
+from jeton.place import Place
+from jeton.tokens import Reduction, Tokens, gather
 
 B, N, D = 3, 12, 5
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .tokens import Place
+from .place import Place
 
 NEWLINE = -1
 

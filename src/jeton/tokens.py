@@ -8,65 +8,12 @@ Letters: B rows (one row is one image, or one picture inside an encoder), N toke
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where each token of a row stands in its picture; every field (B, N), long.
-
-    `unit` numbers the pictures inside one row: 0 is the only picture or the thumbnail, 1, 2, ... are crops or video frames, and
-    -1 marks structure that shows nothing (newline tokens, row breaks). `row` and `col` count patches from the top left of that
-    unit. `height` and `width` are the grid of the token's unit. `units` is the largest number of units in any row.
-
-    Any-resolution pictures also say how their crops lie over the thumbnail: `crop_row` and `crop_col` place the token's crop in
-    a grid of `crop_rows` x `crop_cols` crops (all 0 for rows that are a single picture; the thumbnail's position is 0, 0).
-    """
-
-    unit: Tensor
-    row: Tensor
-    col: Tensor
-    height: Tensor
-    width: Tensor
-    units: int = 1
-    crop_row: Tensor | None = None
-    crop_col: Tensor | None = None
-    crop_rows: Tensor | None = None
-    crop_cols: Tensor | None = None
-
-    @classmethod
-    def grid(cls, batch: int, height: int, width: int, device: torch.device | str | None = None) -> Place:
-        """The plain case: each row is one picture of height x width patches, listed row by row."""
-        cells = torch.arange(height * width, device=device).expand(batch, -1)
-        return cls(
-            torch.zeros_like(cells),
-            cells // width,
-            cells % width,
-            torch.full_like(cells, height),
-            torch.full_like(cells, width),
-        )
-
-    def gather(self, index: Tensor) -> Place:
-        """The places of the tokens at `index` (B, K)."""
-        return self._map(lambda field: field.gather(1, index))
-
-    def pick(self, rows: Tensor) -> Place:
-        """The places of some rows."""
-        return self._map(lambda field: field[rows])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Place:
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return Place(**{name: change(f) if isinstance(f, Tensor) else f for name, f in fields.items()})
-
-    @property
-    def structure(self) -> Tensor:
-        """(B, N) true for tokens that show no part of a picture."""
-        return self.unit < 0
+from .place import Place
 
 
 @dataclass(frozen=True)

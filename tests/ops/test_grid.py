@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jeton.ops import grid
-from jeton.tokens import Place
+from jeton.place import Place
 
 
 @pytest.mark.parametrize(("h", "w"), [(6, 6), (4, 9), (1, 7), (5, 1), (24, 24)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jeton.ops import selection
-from jeton.tokens import Place
+from jeton.place import Place
 
 
 def test_the_best_stay_in_their_order():

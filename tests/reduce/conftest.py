@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from jeton.tokens import Place
+from jeton.place import Place
 
 _FIELDS = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols")
 

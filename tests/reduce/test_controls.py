@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jeton.method import get
-from jeton.tokens import Place, Tokens
+from jeton.place import Place
+from jeton.tokens import Tokens
 
 
 def test_random_gives_a_row_the_same_subset_alone_and_in_any_batch():

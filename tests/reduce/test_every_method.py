@@ -7,12 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from jeton.method import Card, get, methods
-from jeton.tokens import Place, Tokens
+from jeton.method import Card, ClassAttention, LastAttention, get, methods
+from jeton.place import Place
+from jeton.tokens import Tokens
 
 SIDE = 6
 N = SIDE * SIDE
 BUDGETED = [card for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.cls)}]
+ROWS_OF_ATTENTION = sorted(
+    {name for card in BUDGETED for name, need in card.cls().needs().items() if isinstance(need, ClassAttention | LastAttention)}
+)
 EXACT = [card for card in BUDGETED if card.id != "downsample"]
 
 
@@ -26,6 +30,8 @@ def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, devic
     attention = [torch.rand(batch, 4, N, generator=generator).to(device) for _ in range(3)]
     keys = torch.randn(batch, N, 8, generator=generator).to(device, dtype)
     signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys}
+    for name in ROWS_OF_ATTENTION:
+        signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     return Tokens(x, place=Place.grid(batch, SIDE, SIDE, device)), signals
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jeton.method import get
-from jeton.tokens import Place, Tokens
+from jeton.place import Place
+from jeton.tokens import Tokens
 
 
 def hired(place, early, late=None, **fields):

@@ -60,7 +60,8 @@ def test_it_equals_the_released_steps(keep):
 
 @pytest.mark.parametrize(("keep", "contextual"), [(192, 30), (128, 20), (64, 10), (2, 1), (1, 0)])
 def test_the_papers_shares(keep, contextual):
-    assert get("visionzip", keep=keep)._contextual(keep, keep) == contextual
+    total = torch.tensor([[keep]])
+    assert get("visionzip", keep=keep)._contextual(total, total).tolist() == [[contextual]]
 
 
 @pytest.mark.parametrize("fields", [{"keep": 9}, {"keep": 0.5}, {"dominant": 5, "contextual": 3}, {"keep": 8, "contextual": 0}])
@@ -98,3 +99,17 @@ def test_encoders_without_a_class_token_use_received_attention():
     x = torch.randn(1, 20, 4)
     step = get("visionzip", keep=7, score="received").reduce(Tokens(x), {"attention": torch.rand(1, 20), "keys": x})
     assert step.k == 7 and step.prefix == 0
+
+
+@pytest.mark.parametrize("fields", [{"keep": 0.4, "contextual": 4}, {"keep": 0.4, "dominant": 5}, {"keep": 0.4}, {"keep": 9}])
+def test_a_padded_row_is_reduced_as_it_is_alone(fields):
+    generator = torch.Generator().manual_seed(0)
+    x, attention = torch.randn(2, 41, 5, generator=generator), torch.rand(2, 2, 41, generator=generator)
+    mask = torch.ones(2, 41, dtype=torch.bool)
+    mask[1, 28:] = False
+    method = get("visionzip", **fields)
+    batch = Tokens(x, mask=mask, prefix=1)
+    batch = method.reduce(batch, {"attention": attention, "keys": x}).apply(batch)
+    alone = Tokens(x[1:, :28], prefix=1)
+    alone = method.reduce(alone, {"attention": attention[1:, :, :28], "keys": x[1:, :28]}).apply(alone)
+    torch.testing.assert_close(batch.features[1][batch.mask[1]], alone.features[0])

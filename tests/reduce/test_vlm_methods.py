@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jeton.method import ClassAttention, ReceivedAttention, get
-from jeton.tokens import Place, Tokens
+from jeton.place import Place
+from jeton.tokens import Tokens
 
 
 def test_fastervlm_keeps_the_most_attended_in_spatial_order():

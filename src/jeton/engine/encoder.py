@@ -18,7 +18,8 @@ from ..layout import places
 from ..method import ClassAttention, Keys, Method, Need, ReceivedAttention
 from ..models import Encoder
 from ..ops import attention
-from ..tokens import Place, Reduction, Tokens, gather
+from ..place import Place
+from ..tokens import Reduction, Tokens, gather
 
 if TYPE_CHECKING:
     from .run import Run
@@ -57,6 +58,7 @@ class EncoderSite:
         self.special: Tensor | None = None
         self.lengths: list[tuple[int, int]] = []
         self.patches = self.pictures = 0
+        self.counts: list[int] = []
         self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
         self.history: list[tuple[int, Reduction]] = []
@@ -74,11 +76,17 @@ class EncoderSite:
             for number, block in enumerate(blocks):
                 self._stand_in(number, block)
                 self._listener(number)
+        if self.stepped and self.encoder.pooling is not None:
+            self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
         if self.keep_special and self.encoder.prefix:
             self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
         for number, listener in self.listeners.items():
             self.run.taps.listen(self.encoder.attention(blocks[number]), listener)
         self.run.undo(self._restore)
+
+    def _pool(self, module: nn.Module, args: tuple) -> tuple:
+        """The pooling head's token mask, for the tokens that are left."""
+        return args if self.reduction is None else (args[0], self.mask, *args[2:])
 
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.special = (output[0] if isinstance(output, tuple) else output)[:, : self.encoder.prefix]
@@ -118,6 +126,7 @@ class EncoderSite:
         self.mask = self.start_mask = self._with_prefix_mask(self.encoder.token_mask(inputs))
         self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(len(g) for g in geometry)
         self.pictures = inputs["pixel_values"].shape[0]
+        self.counts = [len(item) for item in geometry]
         self.bare_place = places(geometry, self.patches, device)
         self.place = behind(self.bare_place, self.encoder.prefix)
         for method in self.pixels:
@@ -133,8 +142,10 @@ class EncoderSite:
         place = Place.grid(pictures, height, width, pixels.device)
         blank = Tokens(pixels.new_zeros(pictures, height * width, 1), place=place)
         with self.run.clock.measure("selection"):
+            grid = method.grid(height, width)
             step = method.reduce(blank)
-            small = self.encoder.smaller(inputs, method.picture, method.grid(height, width))
+            step = replace(step, index=step.index[:, : grid[0] * grid[1]], mask=None)
+            small = self.encoder.smaller(inputs, method.picture, grid)
         self._advance(_shift(step, self.encoder.prefix), -1)
         self.run.costs.count("pixels", method, blank, step)
         return small
@@ -203,6 +214,8 @@ class EncoderSite:
         tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order)
         listener = self.listeners[number]
         signals = {name: listener.now[need] for name, need in step.needs().items()}
+        if self.mask is not None and isinstance(getattr(method, "keep", None), float):
+            signals["quota"] = self._quota(number, method)
         reduction = step.reduce(tokens, signals)
         self.run.costs.count("block", method, tokens, reduction)
         if reduction.is_identity:
@@ -212,6 +225,16 @@ class EncoderSite:
         self.size, self.order, self.mask = after.size, after.order, after.mask
         self._advance(reduction, number)
         return after.features
+
+    def _quota(self, number: int, method: Method) -> Tensor:
+        """(B, 1) patches that pictures of different lengths keep at a block, each by the plan for its own length."""
+        left = []
+        for count in self.counts:
+            for step in method.steps(count, self.depth)[: number + 1]:
+                count = count if step is None else step.keep  # type: ignore[attr-defined]
+            left.append([count])
+        assert self.mask is not None
+        return torch.tensor(left, device=self.mask.device)
 
     def _advance(self, step: Reduction, number: int) -> None:
         self.history.append((number, step))

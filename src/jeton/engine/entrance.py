@@ -63,7 +63,7 @@ class Entrance:
             prompt.flow = self.gallery.show(input_ids, encoded)
         if prompt.flow is None:
             run.costs.clear()
-            run.say("the image tokens of this prompt are not known (no input_ids, or features made elsewhere): nothing was reduced")
+            run.say("the prompt's image tokens are not known (no input_ids, or features made elsewhere): nothing was reduced")
             return
         prompt.scene = prompt.flow.scene
         run.costs.begin(prompt.flow)

@@ -118,7 +118,12 @@ class LayerSite:
         if first is None:
             return
         run.hook(view.decoder.register_forward_pre_hook(self._fresh))
-        listened = {self._read_at(need, at) for at, steps in enumerate(self.steps) for _, s in steps for need in s.needs().values()}
+        listened = {
+            self._read_at(need, at)
+            for at, steps in enumerate(self.steps)
+            for _, step in steps
+            for need in step.needs().values()
+        }
         for number, layer in enumerate(view.layers):
             if number in listened:
                 run.taps.listen(view.attention(layer), _Listener(self, number))

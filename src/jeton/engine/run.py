@@ -179,6 +179,12 @@ class Run:
         """Refuse what the model cannot do, before anything runs."""
         language = isinstance(self.view, VisionLanguage)
         for method in self.methods:
+            if not language and self.encoder.packed:
+                self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
+            if method.site == "pixels" and not self.encoder.resizable:
+                self._refuse(
+                    method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
+                )
             if method.site == "layer" and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             if method.site in ("block", "pixels") and self.encoder.packed:
@@ -205,7 +211,8 @@ class Run:
         for need in needs:
             if isinstance(need, ClassAttention) and not self.encoder.has_class:
                 option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
-                self._refuse(method, f"has an encoder without a class token ({self.encoder.name})", option, "the class token's attention")
+                lacks = f"has an encoder without a class token ({self.encoder.name})"
+                self._refuse(method, lacks, option, "the class token's attention")
             if isinstance(need, LastAttention) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
 
@@ -218,8 +225,8 @@ class Run:
         keep = getattr(method, "keep", None)
         if isinstance(keep, int) and not isinstance(keep, bool) and keep > most:
             raise ValueError(
-                f"{method.card.id} was asked to keep {keep} tokens, but no image of this batch has more than {most}; ask for fewer, "
-                f"or for a fraction such as keep=0.25."
+                f"{method.card.id} was asked to keep {keep} tokens, but no image of this batch has more than {most}; "
+                f"ask for fewer, or for a fraction such as keep=0.25."
             )
 
     # -- what the sites tell -----------------------------------------------------------------------------------------------

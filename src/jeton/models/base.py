@@ -39,13 +39,15 @@ class Encoder:
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
-    travel in one sequence (no batch axis), so tokens cannot leave inside a block. pool_mask: the encoder pads pictures and
-    hands a token mask to its pooling head.
+    travel in one sequence (no batch axis), so tokens cannot leave inside a block. resizable: it takes pictures of other sizes as
+    pixels. pooling: the head that is handed a token mask as its second argument, where there is one.
     """
 
     prefix: int = 0
     has_class: bool = False
     packed: bool = False
+    resizable: bool = True
+    pooling: nn.Module | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

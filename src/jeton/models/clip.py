@@ -18,20 +18,26 @@ class _Tower(Encoder):
         return Parts(block.layer_norm1, block.self_attn, block.layer_norm2, block.mlp)
 
 
-@adapter("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPVisionTransformer")
+@adapter("CLIPVisionModel")
 class Clip(_Tower):
     prefix = 1
     has_class = True
 
 
-@adapter("SiglipVisionModel", "SiglipVisionTransformer")
+@adapter("SiglipVisionModel")
 class Siglip(_Tower):
     pass
 
 
-@adapter("Siglip2VisionModel", "Siglip2VisionTransformer")
+@adapter("Siglip2VisionModel")
 class Siglip2(_Tower):
     """NaFlex: pictures of any shape as rows of flattened patches, padded on the right and masked."""
+
+    resizable = False
+
+    @property
+    def pooling(self) -> nn.Module | None:  # type: ignore[override]
+        return getattr(self.model, "head", None)
 
     def geometry(self, inputs: Inputs) -> list[Geometry]:
         longest = inputs["pixel_values"].shape[1]

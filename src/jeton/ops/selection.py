@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tokens import Place, Reduction
+from ..place import Place
+from ..tokens import Reduction
 from .budget import count, counts, shares, unit_sizes
 from .ranking import rank, rank_in_units
 from .similarity import normalise
@@ -83,6 +84,13 @@ def noise(n: int, seed: int, device: torch.device | str | None = None) -> Tensor
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shift(x, shift)) * factor
     return _shift(x ^ _shift(x, 31), 11)
+
+
+def gumbel(n: int, seed: int, device: torch.device | str | None = None) -> Tensor:
+    """(n,) float32 standard Gumbel noise made from `noise`: the k largest of ``log p + gumbel`` are k draws without replacement
+    with probability p."""
+    uniform = (noise(n, seed, device).double() + 0.5) / 2**53
+    return -(-uniform.log()).log().float()
 
 
 def max_min_diverse(x: Tensor, keep: int | float, mask: Tensor | None = None) -> Reduction:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..method import ClassAttention, Need, ReceivedAttention, Signals, check_keep
+from ..ops.budget import counts
 
 
 def check_score(score: str) -> None:
@@ -40,3 +42,9 @@ def score_of(signals: Signals | None, name: str, who: str) -> Tensor:
     """(B, N) float32 score from attention (B, H, N), averaged over heads, or (B, N) as it is."""
     attention = read(signals, name, who, "attention (B, heads, N) or (B, N)").float()
     return attention.mean(1) if attention.dim() == 3 else attention
+
+
+def quota(signals: Signals | None, keep: int | float, real: Tensor) -> Tensor:
+    """(B, 1) patches each row keeps in this step: what the engine planned where rows differ in length, else `keep` of `real`."""
+    planned = signals.get("quota") if signals else None
+    return counts(keep, real) if planned is None else torch.minimum(planned, real)

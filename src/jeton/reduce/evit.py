@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
-from ..ops.budget import counts, geometrically
+from ..ops.budget import geometrically
 from ..ops.merging import merge
 from ..ops.ranking import rank
 from ..tokens import Reduction, Tokens
-from ._common import attention, check_ratio, check_score, score_of
+from ._common import attention, check_ratio, check_score, quota, score_of
 
 Size = TypeVar("Size", int, Tensor)
 
@@ -70,7 +70,10 @@ class EViT(Method):
         here = torch.arange(n, device=tokens.device)
         shown = score if mask is None else score.masked_fill(~mask, -torch.inf)
         place = rank(torch.where(here < prefix, torch.inf, shown))
-        stay: int | Tensor = prefix + (kept if mask is None else self._kept(tokens.count()[:, None] - prefix))
+        stay: int | Tensor = prefix + kept
+        if mask is not None:
+            real = tokens.count()[:, None] - prefix
+            stay = prefix + self._kept(real, None if self.keep is None else quota(signals, self.keep, real))
         lost = place >= stay
         best_lost = ((place == stay) * here).sum(1, keepdim=True)
         into = torch.where(lost, best_lost if self.fuse else -1, here)
@@ -110,16 +113,16 @@ class EViT(Method):
             plan.append(n)
         return plan
 
-    def _kept(self, n: Size) -> Size:
-        """Patches of n that stay as they are."""
+    def _kept(self, n: Size, quota: Tensor | None = None) -> Size:
+        """Patches of n that stay as they are; for tensors of n, `quota` is how many are left in all."""
         if self.keep is None:
             share = Fraction(str(self.ratio))
             return -(-n * share.numerator // share.denominator)
         if isinstance(n, int):
             left = Budget(self.keep).count(n)
             return left - int(self.fuse and left < n)
-        most = counts(self.keep, n)
-        return most - ((most < n) & self.fuse).long()
+        assert quota is not None
+        return quota - ((quota < n) & self.fuse).long()
 
     def _after(self, n: int) -> int:
         """Patches left of n, the fused one counted."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..method import Budget, ClassAttention, Method, Need, Promise, Signals, check_keep, register
 from ..ops.budget import allocate, count, counts, split, unit_sizes
 from ..ops.selection import best_of_units, pack, top_k
-from ..tokens import Place, Reduction, Tokens
+from ..place import Place
+from ..tokens import Reduction, Tokens
 from ._common import score_of
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
 from ..ops import matching
-from ..ops.budget import count, counts, geometrically
+from ..ops.budget import count, geometrically
 from ..tokens import Reduction, Tokens
+from . import _common
 from ._common import check_ratio
 
 Size = TypeVar("Size", int, Tensor)
@@ -75,7 +76,7 @@ class PiToMe(Method):
             goals = matching.halvings(n, count(self.keep, n))
             if real is not None:
                 goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
-            quota = None if real is None else counts(self.keep, real)
+            quota = None if real is None else _common.quota(signals, self.keep, real)
         return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, quota, self._match)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
 from ..ops import matching
-from ..ops.budget import count, counts, evenly
+from ..ops.budget import count, evenly
 from ..tokens import Reduction, Tokens
+from . import _common
 
 
 @register(title="Token Merging: Your ViT But Faster", year=2022, source="arXiv:2210.09461", family="vit", stage="block")
@@ -60,7 +61,7 @@ class ToMe(Method):
             goals = matching.halvings(n, count(self.keep, n))
             if real is not None:
                 goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
-            quota = None if real is None else counts(self.keep, real)
+            quota = None if real is None else _common.quota(signals, self.keep, real)
         return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, quota, self._match)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:

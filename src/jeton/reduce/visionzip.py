@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from ..ops.selection import best_of_units
 from ..ops.similarity import normalise
 from ..tokens import Reduction, Tokens, gather
 from ._common import attention, check_score, read, score_of
-
-Size = TypeVar("Size", int, Tensor)
 
 
 @register(
@@ -79,15 +76,15 @@ class VisionZip(Method):
         unit, units = self._units(tokens)
         patch = tokens.real & (here >= prefix)
         sizes = unit_sizes(unit, units, patch)
-        total = split(counts(self._total, sizes.sum(1)), sizes)
+        budget = counts(self._total, sizes.sum(1, keepdim=True))
+        total = split(budget[:, 0], sizes)
         part = total < sizes  # a unit that keeps all of its patches needs neither class token nor anchors
-        context = self._contextual(total, k).masked_fill(~part, 0)
+        context = self._contextual(total, budget).masked_fill(~part, 0)
         first = tokens.real & (here < min(prefix, units)) & (part & (total > context)).gather(1, unit)
         dominant = first | best_of_units(score, unit, total - context - unit_sizes(unit, units, first), patch)
-        slots = min(k, self._contextual(k, k) + (units if units > 1 or tokens.mask is not None else 0))
-        into = torch.where(dominant, here, -1)
-        if slots:
-            into = torch.where(dominant, here, _gathered(keys, unit, patch & ~dominant, context, slots))
+        into, seats = torch.where(dominant, here, -1), self._seats(k, units)
+        if seats:
+            into = torch.where(dominant, here, _gathered(keys, unit, patch & ~dominant, context, seats))
         return merge(into, k, weight=add_mean_weight(into), prefix=prefix, ragged=tokens.mask is not None)
 
     def promise(self, n: int, depth: int = 12) -> Promise:
@@ -99,14 +96,20 @@ class VisionZip(Method):
             return self.dominant + self.contextual
         return self.keep
 
-    def _contextual(self, total: Size, k: int) -> Size:
-        """Contextual tokens among `total`, where the image keeps k."""
+    def _contextual(self, total: Tensor, k: Tensor) -> Tensor:
+        """(B, U) contextual tokens among each unit's `total` (B, U), where the whole row keeps k (B, 1)."""
         if self.contextual is None and self.dominant is None:
-            few = (2 * total * 10 + 64) // 128  # 10 of 64, rounded
-            return min(max(few, 1), total // 2) if isinstance(total, int) else few.clamp(min=1).minimum(total // 2)
-        wanted = self.contextual if self.contextual is not None else max(0, k - (self.dominant or 0))
-        few = (2 * total * wanted + k) // (2 * k)
-        return min(few, total) if isinstance(total, int) else few.minimum(total)
+            return ((2 * total * 10 + 64) // 128).clamp(min=1).minimum(total // 2)  # 10 of 64, rounded
+        wanted = (k - (self.dominant or 0)).clamp(min=0) if self.contextual is None else self.contextual
+        return ((2 * total * wanted + k) // (2 * k).clamp(min=1)).minimum(total)
+
+    def _seats(self, k: int, units: int) -> int:
+        """The most anchors a row that keeps k may have; rounding may add one per unit."""
+        if self.contextual is None and self.dominant is None:
+            wanted = max(1, (2 * k * 10 + 64) // 128)
+        else:
+            wanted = max(0, k - (self.dominant or 0)) if self.contextual is None else self.contextual
+        return min(k, wanted + (units if units > 1 else 0))
 
     @staticmethod
     def _units(tokens: Tokens) -> tuple[Tensor, int]:
@@ -119,10 +122,10 @@ class VisionZip(Method):
         return torch.cat([front, tokens.place.unit[:, tokens.prefix :].clamp(min=0)], 1), units
 
 
-def _gathered(keys: Tensor, unit: Tensor, rest: Tensor, context: Tensor, slots: int) -> Tensor:
+def _gathered(keys: Tensor, unit: Tensor, rest: Tensor, context: Tensor, seats: int) -> Tensor:
     """(B, N) into which anchor each token of `rest` (B, N) goes; anchors into themselves, all others -1.
 
-    context (B, U) anchors per unit, at most `slots` in a row.
+    context (B, U) anchors per unit, at most `seats` in a row.
     """
     n, units = keys.shape[1], context.shape[1]
     here = torch.arange(n, device=keys.device)
@@ -130,7 +133,7 @@ def _gathered(keys: Tensor, unit: Tensor, rest: Tensor, context: Tensor, slots: 
     stride = (unit_sizes(unit, units, rest) // context.clamp(min=1)).gather(1, unit).clamp(min=1)
     position = rank_in_units(torch.where(rest, n - here, 0), unit, units)
     anchor = rest & (position % stride == 0) & (position // stride < wanted)
-    seat = (~anchor).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
+    seat = (~anchor).to(torch.uint8).argsort(dim=1, stable=True)[:, :seats]
     metric = normalise(keys)
     near = metric @ gather(metric, seat).mT
     fits = anchor.gather(1, seat)[:, None, :] & (unit[:, :, None] == unit.gather(1, seat)[:, None, :])
