@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .place import Place
 NEWLINE = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
     """How one image's M language-model tokens lie on its pictures; all fields on the CPU, (M,) long unless said otherwise.
 
@@ -76,8 +77,9 @@ class Geometry:
             kinds=kinds,
         )
 
-    @classmethod
-    def picture(cls, height: int, width: int, per_token: int = 1, frames: int = 1) -> Geometry:
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def picture(height: int, width: int, per_token: int = 1, frames: int = 1) -> Geometry:
         """One picture, or `frames` equal ones, of height x width tokens, each made of `per_token` consecutive patches."""
         count = frames * height * width
         at = torch.arange(count)
@@ -85,7 +87,8 @@ class Geometry:
         cell = at % (height * width)
         kinds = ("image",) if frames == 1 else ("frame",) * frames
         grids = [(height, width)] * frames
-        return cls.of(source, at // (height * width), cell // width, cell % width, grids, count * per_token, kinds)
+        unit = at // (height * width)
+        return Geometry.of(source, unit, cell // width, cell % width, grids, count * per_token, kinds)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Rows:
         return Rows(self.slot[images], None if self.mask is None else self.mask[images])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Album:
     """The pictures of one call of the encoder, before any prompt. R images, M tokens in the longest.
 
@@ -115,15 +118,16 @@ class Album:
     patch_rows: Rows
     all_rows: Rows
 
-    @classmethod
-    def of(cls, geometry: Sequence[Geometry], device: torch.device | str) -> Album:
+    @staticmethod
+    @lru_cache(maxsize=64)  # batches of like pictures come again and again: nothing is copied to the device twice
+    def of(geometry: tuple[Geometry, ...], device: torch.device) -> Album:
         width = max(len(item) for item in geometry)
         starts = torch.tensor([0, *(item.patches for item in geometry)]).cumsum(0).tolist()
         sources = [_shift(item.source, start) for item, start in zip(geometry, starts, strict=False)]
-        return cls(
-            geometry=tuple(geometry),
+        return Album(
+            geometry=geometry,
             source=_stack(sources, width, -1).to(device),
-            place=places(geometry, width, device),
+            place=_places(geometry, width, device),
             patches=starts[-1],
             patch_rows=_rows([(item.unit >= 0).nonzero().flatten() for item in geometry], device),
             all_rows=_rows([torch.arange(len(item)) for item in geometry], device),
@@ -283,8 +287,7 @@ def _rows(slots: Sequence[Tensor], device: torch.device | str) -> Rows:
     return Rows(_stack(slots, width, 0).to(device), mask)
 
 
-def places(geometry: Sequence[Geometry], width: int, device: torch.device | str) -> Place:
-    """The place of every token of every image, (R, width), padded with -1."""
+def _places(geometry: Sequence[Geometry], width: int, device: torch.device | str) -> Place:
     names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols")
     fields = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
     return Place(**fields, units=max(len(item.kinds) for item in geometry))

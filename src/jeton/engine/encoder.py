@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..layout import places
+from ..layout import Album
 from ..method import ClassAttention, Keys, Method, Need, ReceivedAttention
 from ..models import Encoder
 from ..ops import attention
@@ -33,6 +33,7 @@ class EncoderSite:
         self.pixels = [m for m in methods if m.site == "pixels"]
         self.stepped = [m for m in methods if m.site == "block"]
         self.listeners: dict[int, _Listener] = {}
+        self._names = list(inspect.signature(encoder.model.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
@@ -110,8 +111,7 @@ class EncoderSite:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Start of the encoder's forward: fresh state, and a smaller picture where a method asks for one."""
-        names = [name for name in inspect.signature(module.forward).parameters if name != "self"]
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.clear()
         self.inputs = inputs
         self._started_at = self.run.clock.now()
@@ -121,16 +121,15 @@ class EncoderSite:
             self.run.costs.clear()
         if self.encoder.packed:
             return args, kwargs
-        geometry = self.encoder.geometry(inputs)
-        device = inputs["pixel_values"].device
+        album = Album.of(tuple(self.encoder.geometry(inputs)), inputs["pixel_values"].device)
         self.mask = self.start_mask = self._with_prefix_mask(self.encoder.token_mask(inputs))
-        self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(len(g) for g in geometry)
+        self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(album.counts)
         self.pictures = inputs["pixel_values"].shape[0]
-        self.counts = [len(item) for item in geometry]
-        self.bare_place = places(geometry, self.patches, device)
+        self.counts = list(album.counts)
+        self.bare_place = _widened(album.place, 0, self.patches - max(album.counts))
         self.place = behind(self.bare_place, self.encoder.prefix)
         for method in self.pixels:
-            inputs = self._shrink_picture(method, inputs, len(geometry))
+            inputs = self._shrink_picture(method, inputs, len(album))
         return (), inputs
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -330,10 +329,15 @@ def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:
 
 def behind(place: Place, prefix: int) -> Place:
     """The same places with special tokens in front, which stand nowhere (-1)."""
-    if prefix == 0:
+    return _widened(place, prefix, 0)
+
+
+def _widened(place: Place, front: int, back: int) -> Place:
+    """The same places with so many tokens more that stand nowhere."""
+    if front == back == 0:
         return place
     fields = {
-        name: torch.nn.functional.pad(value, (prefix, 0), value=-1)
+        name: torch.nn.functional.pad(value, (front, back), value=-1)
         for name, value in vars(place).items()
         if isinstance(value, Tensor)
     }

@@ -51,7 +51,7 @@ class Gallery:
         prompt = self.prompt
         pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
         device = pixels[0].device
-        album = Album.of(prompt.view.geometry(inputs, stream), device)
+        album = Album.of(tuple(prompt.view.geometry(inputs, stream)), device)
         rows = album.candidates(self.structure)
         prompt.run.encoding(rows.slot.shape[1])
         prompt.scene = Scene(album, rows)

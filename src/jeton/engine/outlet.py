@@ -51,7 +51,8 @@ class Outlet:
         signals = {name: self._signal(need, own) for name, need in method.needs().items()}
         reduction = method.reduce(own, signals)
         run.costs.count("encoder", method, own, reduction)
-        if reduction.is_identity:
+        everything = reduction.is_drop and reduction.mask is None and reduction.k == len(own) - own.prefix and not reduction.prefix
+        if reduction.is_identity or everything:
             return tokens
         after = reduction.apply(own)
         before = own.origin - run.encoder.prefix

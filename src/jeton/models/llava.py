@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from torch import nn
 
 from ..layout import Geometry
@@ -31,9 +29,4 @@ class Llava(VisionLanguage):
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         self.check()
         pixels = inputs["pixel_values"]
-        return [_picture(*self.encoder.grid(pixels))] * pixels.shape[0]
-
-
-@lru_cache(maxsize=32)
-def _picture(height: int, width: int) -> Geometry:
-    return Geometry.picture(height, width)
+        return [Geometry.picture(*self.encoder.grid(pixels))] * pixels.shape[0]
