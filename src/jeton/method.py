@@ -108,9 +108,22 @@ class Keys(Need):
 @dataclass(frozen=True)
 class LastAttention(Need):
     """(B, H, N) attention of the prompt's last token over the row's tokens, at a language-model layer, after softmax over all
-    keys. None means the layer before the one the method stands in."""
+    keys. None means the layer before the one the method stands in front of; with `ahead`, that very layer, computed from its own
+    norm and projections before it runs."""
 
     layer: int | None = None
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class VisualAttention(Need):
+    """(B, N) attention that each token of the row receives from the tokens of the same row, averaged over these queries and over
+    heads, after softmax over all keys; of the language-model layer the method stands in front of, computed ahead."""
+
+
+@dataclass(frozen=True)
+class LayerKeys(Need):
+    """(B, N, d) attention keys after RoPE, averaged over heads, of the language-model layer the method stands in front of."""
 
 
 # -- the method --------------------------------------------------------------------------------------------------------

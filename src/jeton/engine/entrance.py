@@ -45,7 +45,7 @@ class Entrance:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         encoded = {stream: value for stream, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
         pixels = any(value is not None for name, value in inputs.items() if name.startswith("pixel_values"))
-        self.asked = None
+        self.asked = self.prompt.left = None
         self.prompt.run.start(pictures=pixels or bool(encoded))
         if not pixels and not encoded:
             self.prompt.run.costs.text_only(inputs.get("past_key_values") is not None)
@@ -70,7 +70,7 @@ class Entrance:
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.prompt.run.finish(pictures=self.asked is not None)
-        self.prompt.flow = self.prompt.scene = self.asked = None
+        self.prompt.flow = self.prompt.scene = self.prompt.cache = self.asked = None
 
     # -- the language model ----------------------------------------------------------------------------------------------
 
@@ -87,6 +87,7 @@ class Entrance:
         known = None if cache is None else self.memories.get(cache)
         if known is None:
             known = Memory(length=0 if cache is None else cache.get_seq_length())
+        prompt.cache = cache
         prompt.memory, self.new, self.past = known, tokens.shape[1], known.length
         prompt.run.enter()
         kwargs["position_ids"] = self._numbered(kwargs.get("position_ids"), tokens)

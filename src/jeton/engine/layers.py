@@ -5,18 +5,23 @@ Caches of later layers are then shorter. Layer 0 stays whole, so the model's own
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..method import Method, Need
+from ..method import Budget, LastAttention, Method, Need
 from ..ops import attention
 from ..tokens import gather
+from .ahead import Ahead, Heard, is_ahead
 from .entrance import pick
 from .flow import Cut, Kept, whole
-from .prompt import Heard, Prompt, padded
+from .prompt import Prompt, padded
+
+Plan = list[list[tuple[Method, Method]]]
+NOMINAL = 576  # tokens of an image, to learn in front of which layers a method acts before any image has been seen
 
 
 @dataclass
@@ -102,14 +107,29 @@ def _hide(mask: Tensor, real: Tensor) -> Tensor:
 class LayerSite:
     def __init__(self, prompt: Prompt, methods: list[Method]) -> None:
         self.prompt = prompt
-        depth = len(prompt.view.layers)
-        self.steps: list[list[tuple[Method, Method]]] = [[] for _ in range(depth)]
-        for method in methods:
-            for layer, step in enumerate(method.steps(0, depth)):
-                if step is not None:
-                    self.steps[layer].append((method, step))
+        self.methods, self.depth = methods, len(prompt.view.layers)
+        self._plans: dict[int, Plan] = {}
+        self.start = NOMINAL
         self.stage: Stage | None = None
         self.heard: dict[int, Heard] = {}
+        self.counts: list[int] | None = None
+
+    def plan(self, count: int) -> Plan:
+        """For every layer, the methods that reduce in front of it, each with its step, for images of so many tokens."""
+        if count not in self._plans:
+            steps: Plan = [[] for _ in range(self.depth)]
+            left = count
+            for method in self.methods:
+                for layer, step in enumerate(method.steps(left, self.depth)):
+                    if step is not None:
+                        steps[layer].append((method, step))
+                left = method.promise(left, self.depth).count
+            self._plans[count] = steps
+        return self._plans[count]
+
+    @property
+    def steps(self) -> Plan:
+        return self.plan(self.start)
 
     def attach(self) -> None:
         """Hook the layers from the first one in front of which something may leave."""
@@ -123,6 +143,7 @@ class LayerSite:
             for at, steps in enumerate(self.steps)
             for _, step in steps
             for need in step.needs().values()
+            if not is_ahead(need)
         }
         for number, layer in enumerate(view.layers):
             if number in listened:
@@ -137,12 +158,15 @@ class LayerSite:
     def _fresh(self, module: nn.Module, args: tuple) -> None:
         self.stage = None
         self.heard.clear()
+        scene = self.prompt.scene
+        self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
+        self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
     def _in_front(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.steps[number] and self.prompt.flow is not None:
-                hidden = self._thin(number, hidden)
+                hidden = self._thin(number, hidden, kwargs)
             elif self.steps[number]:
                 self._pass(number)
             if self.stage is None:
@@ -158,13 +182,13 @@ class LayerSite:
         if kept is not None:
             self.stage = Stage(self.prompt, kept)
 
-    def _thin(self, number: int, hidden: Tensor) -> Tensor:
+    def _thin(self, number: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Let the methods of this layer decide, and go on with what they leave."""
         prompt, flow = self.prompt, self.prompt.flow
         assert flow is not None
         new = prompt.total - prompt.held
         with prompt.run.clock.measure("selection"):
-            hidden = self._reduced(number, hidden)
+            hidden = self._reduced(number, hidden, kwargs)
             made = flow.cut()
         known = prompt.memory.layers.get(number)
         if made is None and known is None and self.stage is None:
@@ -181,15 +205,40 @@ class LayerSite:
         prompt.run.costs.thinned(number, hidden.shape[1], cut.dropped)
         return hidden
 
-    def _reduced(self, number: int, hidden: Tensor) -> Tensor:
+    def _quota(self, method: Method, number: int) -> Tensor | None:
+        """(R, 1) tokens that images of different lengths keep in front of a layer, each by the plan for its own length."""
+        if self.counts is None or not isinstance(getattr(method, "keep", None), float):
+            return None
+        left = []
+        for count in self.counts:
+            for step in method.steps(count, self.depth)[: number + 1]:
+                count = count if step is None else Budget(step.keep).count(count)  # type: ignore[attr-defined]
+            left.append([count])
+        assert self.prompt.scene is not None
+        return torch.tensor(left, device=self.prompt.scene.rows.slot.device)
+
+    def _signal(self, number: int, ahead: Ahead | None, need: Need) -> Tensor:
+        if ahead is not None and is_ahead(need):
+            return ahead.signal(need)
+        assert self.prompt.flow is not None
+        if isinstance(need, LastAttention):
+            return self.heard[self._read_at(need, number)].over(self.prompt.flow)
+        return self.prompt.encoded(need, 0)
+
+    def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
+        fitted = kwargs if self.stage is None else {**kwargs, **self.stage.fit(kwargs, hidden)}
+        return Ahead(self.prompt, number, hidden, fitted["position_embeddings"], fitted.get("attention_mask"))
+
+    def _reduced(self, number: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Merged tokens are written where their representative stands."""
         prompt, flow = self.prompt, self.prompt.flow
         assert flow is not None
         flat = padded(hidden.flatten(0, 1))
         tokens = prompt.tokens(flat[flow.at])
         for method, step in self.steps[number]:
-            heard = next((self.heard[self._read_at(need, number)] for need in step.needs().values()), None)
-            tokens = prompt.reduce(method, step, tokens, "layer", heard)
+            ahead = self._ahead(number, hidden, kwargs) if any(map(is_ahead, step.needs().values())) else None
+            signal = functools.partial(self._signal, number, ahead)
+            tokens = prompt.reduce(method, step, tokens, "layer", signal, self._quota(method, number))
         if tokens.size is None:
             return hidden
         flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))

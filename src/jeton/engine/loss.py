@@ -26,7 +26,6 @@ class Loss:
 
     def _take(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.labels = kwargs.pop("labels", None)
-        self.prompt.left = None
         return args, kwargs
 
     def _give(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -51,9 +51,9 @@ class Outlet:
         signals = {name: self._signal(need, own) for name, need in method.needs().items()}
         reduction = method.reduce(own, signals)
         run.costs.count("encoder", method, own, reduction)
-        everything = reduction.is_drop and reduction.mask is None and reduction.k == len(own) - own.prefix and not reduction.prefix
-        if reduction.is_identity or everything:
-            return tokens
+        patches = len(own) - own.prefix
+        if reduction.is_drop and reduction.mask is None and reduction.k - reduction.prefix == patches:
+            return tokens  # every patch stays
         after = reduction.apply(own)
         before = own.origin - run.encoder.prefix
         rows = Rows(before[:, own.prefix :], None)

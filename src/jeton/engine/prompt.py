@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..method import ClassAttention, LastAttention, Method, Need
+from ..method import ClassAttention, Method, Need
 from ..models import VisionLanguage
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
@@ -34,6 +35,7 @@ class Prompt:
         self.last: Tensor | None = None
         self.held = self.total = 0
         self.left: Cut | None = None
+        self.cache: Any = None
 
     def tokens(self, features: Tensor) -> Tokens:
         """The remaining visual tokens with these features (R, K, D)."""
@@ -60,11 +62,23 @@ class Prompt:
         features = torch.cat([front, tokens.features], 1)
         return Tokens(features, mask, origin, prefix=most, place=behind(tokens.place, most))
 
-    def reduce(self, method: Method, step: Method, tokens: Tokens, site: str, heard: Heard | None = None) -> Tokens:
-        """Let a method decide, and carry the decision to the scene."""
+    def reduce(
+        self,
+        method: Method,
+        step: Method,
+        tokens: Tokens,
+        site: str,
+        signal: Callable[[Need], Tensor] | None = None,
+        quota: Tensor | None = None,
+    ) -> Tokens:
+        """Let a method decide, and carry the decision to the scene. `signal` reads the signals, by default from the encoder;
+        `quota` (R, 1) is what each image keeps where a plan over several steps differs between images."""
         scene = self.scene
         assert scene is not None
-        signals = {name: self.signal(need, tokens.prefix, heard) for name, need in step.needs().items()}
+        read = signal or (lambda need: self.encoded(need, tokens.prefix))
+        signals = {name: read(need) for name, need in step.needs().items()}
+        if quota is not None:
+            signals["quota"] = quota
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(site, method, tokens, reduction)
         if reduction.is_identity:
@@ -77,14 +91,11 @@ class Prompt:
         place = scene.album.place.gather(scene.rows.slot)
         return Tokens(after.features, after.mask, scene.rows.slot, after.weight if mixed else None, place=place)
 
-    def signal(self, need: Need, prefix: int, heard: Heard | None) -> Tensor:
-        """A declared signal for the tokens at hand: (R, K, ...) or, with heads, (R, H, K). A token made of several patches
+    def encoded(self, need: Need, prefix: int) -> Tensor:
+        """A signal of the encoder for the tokens at hand: (R, K, ...) or, with heads, (R, H, K). A token made of several patches
         gets their mean, a structure token zero."""
         scene = self.scene
         assert scene is not None
-        if isinstance(need, LastAttention):
-            assert heard is not None and self.flow is not None
-            return heard.over(self.flow)
         if need not in scene.signals:  # the encoder has just run
             scene.signals[need] = self.encoder.flat(need)
         flat = padded(scene.signals[need])
@@ -95,18 +106,6 @@ class Prompt:
         count = (~none).sum(2).clamp(min=1)
         value = parts.sum(2) / count.reshape(*count.shape, *(1,) * (parts.dim() - 3))
         return in_front(value, prefix, need)
-
-
-class Heard:
-    """Attention of the last token: rows (B, H, keys), of which the first `past` keys were cached before this forward."""
-
-    def __init__(self, rows: Tensor, past: int) -> None:
-        self.rows, self.past = rows, past
-
-    def over(self, flow: Flow) -> Tensor:
-        """(R, H, K) its attention over the remaining visual tokens."""
-        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
-        return self.rows[at // flow.length, :, at % flow.length + self.past].movedim(-1, 1)
 
 
 def in_front(value: Tensor, prefix: int, need: Need) -> Tensor:

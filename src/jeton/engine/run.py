@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..method import ClassAttention, LastAttention, Method, Need, Sequence, Unsupported, get
+from ..method import ClassAttention, Keys, LastAttention, Method, Need, ReceivedAttention, Sequence, Unsupported, get
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
 from .clock import Clock
@@ -83,7 +83,13 @@ class Run:
         self.outlet: Outlet | None = None
         self.projector: ProjectorSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
-        late = {need for m in methods if m.site in ("encoder", "entry") for need in m.needs().values()}
+        late = {
+            need
+            for method in methods
+            if method.site in ("encoder", "entry", "layer")
+            for need in method.needs().values()
+            if isinstance(need, ClassAttention | ReceivedAttention | Keys)
+        }
         self.site = EncoderSite(self, self.encoder, depth, methods, late, isinstance(self.view, Encoder))
 
     # -- plugging in and out ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Adding a family: subclass the view, name its parts, and register it under the tr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -135,6 +136,17 @@ class VisionLanguage:
 
     def attention(self, layer: nn.Module) -> nn.Module:
         return layer.self_attn
+
+    def queries_keys(self, layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, H, L, d) and k (B, Hk, L, d) of a layer after RoPE, from the hidden states in front of it."""
+        attention = self.attention(layer)
+        x = layer.input_layernorm(hidden)
+        shape = (*x.shape[:-1], -1, attention.head_dim)
+        q, k = attention.q_proj(x).view(shape), attention.k_proj(x).view(shape)
+        q = attention.q_norm(q) if hasattr(attention, "q_norm") else q
+        k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
     @property
     def rotary(self) -> nn.Module:
