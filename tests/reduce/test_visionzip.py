@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jeton.method import get
-from jeton.reduce.visionzip import _gathered
+from jeton.ops.anchors import gathered
 from jeton.tokens import Tokens
 
 
@@ -14,7 +14,7 @@ def test_contextual_hand_case():
     """Four tokens (1,0) (2,0) (0,1) (0,3) and two anchors: 0 and 2; each adds the mean of what it is given."""
     x = torch.tensor([[[1.0, 0], [2, 0], [0, 1], [0, 3]]])
     rest = torch.ones(1, 4, dtype=torch.bool)
-    into = _gathered(x, torch.zeros(1, 4, dtype=torch.long), rest, torch.tensor([[2]]), 2)
+    into = gathered(x, torch.zeros(1, 4, dtype=torch.long), rest, torch.tensor([[2]]), 2)
     assert into.tolist() == [[0, 0, 2, 2]]
     step = get("visionzip", dominant=0, contextual=2)
     after = step.reduce(Tokens(x), {"attention": torch.rand(1, 1, 4), "keys": x}).apply(Tokens(x))
@@ -23,7 +23,7 @@ def test_contextual_hand_case():
 
 def test_anchors_stand_at_a_fixed_stride():
     rest = torch.ones(1, 385, dtype=torch.bool)
-    into = _gathered(torch.randn(1, 385, 4), torch.zeros(1, 385, dtype=torch.long), rest, torch.tensor([[30]]), 30)
+    into = gathered(torch.randn(1, 385, 4), torch.zeros(1, 385, dtype=torch.long), rest, torch.tensor([[30]]), 30)
     assert into.unique().tolist() == list(range(0, 360, 12))
 
 

@@ -72,7 +72,7 @@ class Ahead:
         total = torch.zeros(column.shape, dtype=torch.float32, device=column.device)
         for start in range(0, column.shape[1], SLAB):
             part = column[:, start : start + SLAB]
-            seen = attention.rows(_at(q, part), k, self.scale, self._mask(sample, part)).mean(1)
+            seen = attention.rows(query_rows(q, part), k, self.scale, self._mask(sample, part)).mean(1)
             if rows is not None:
                 seen = seen.masked_fill(~rows[:, start : start + SLAB, None], 0)
             total = total + gather(seen.sum(1), column + self.past)
@@ -81,18 +81,22 @@ class Ahead:
 
     def _rows(self, q: Tensor, column: Tensor) -> Tensor:
         everyone = torch.arange(q.shape[0], device=q.device)
-        return attention.rows(_at(q, column), self.k, self.scale, self._mask(everyone, column))
+        return attention.rows(query_rows(q, column), self.k, self.scale, self._mask(everyone, column))
 
     def _mask(self, sample: Tensor, column: Tensor) -> Tensor:
-        """(R, 1, r, keys) which keys each query row may see."""
-        mask: Any = self.mask
-        keys = torch.arange(self.k.shape[2], device=column.device)
-        if mask is None or mask.dim() == 2:
-            causal = (keys <= column[..., None] + self.past)[:, None]
-            return causal if mask is None else causal & mask.bool()[sample][:, None, None]
-        return gather(mask.expand(self.q.shape[0], -1, -1, -1)[sample].transpose(1, 2), column).transpose(1, 2)
+        return row_mask(self.mask, self.k, self.past, sample, column)
 
 
-def _at(q: Tensor, column: Tensor) -> Tensor:
+def row_mask(mask: Any, k: Tensor, past: int, sample: Tensor, column: Tensor) -> Tensor:
+    """(R, 1, r, keys) which of the keys k (B, Hk, keys, d) the query rows at column (R, r) of samples (R,) may see, under a
+    layer's attention mask."""
+    keys = torch.arange(k.shape[2], device=column.device)
+    if mask is None or mask.dim() == 2:
+        causal = (keys <= column[..., None] + past)[:, None]
+        return causal if mask is None else causal & mask.bool()[sample][:, None, None]
+    return gather(mask.expand(k.shape[0], -1, -1, -1)[sample].transpose(1, 2), column).transpose(1, 2)
+
+
+def query_rows(q: Tensor, column: Tensor) -> Tensor:
     """q (R, H, L, d) at the columns (R, r)."""
     return gather(q.transpose(1, 2), column).transpose(1, 2)

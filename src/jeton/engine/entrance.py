@@ -46,6 +46,8 @@ class Entrance:
         encoded = {stream: value for stream, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
         pixels = any(value is not None for name, value in inputs.items() if name.startswith("pixel_values"))
         self.asked = self.prompt.left = None
+        if pixels:  # this forward encodes its pictures itself: earlier ones are not in its prompt
+            self.gallery.scenes.clear()
         self.prompt.run.start(pictures=pixels or bool(encoded))
         if not pixels and not encoded:
             self.prompt.run.costs.text_only(inputs.get("past_key_values") is not None)

@@ -6,19 +6,21 @@ Caches of later layers are then shorter. Layer 0 stays whole, so the model's own
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..method import Budget, LastAttention, Method, Need
+from ..method import Budget, LastAttention, Method, Need, TextAttention
 from ..ops import attention
 from ..tokens import gather
 from .ahead import Ahead, Heard, is_ahead
 from .entrance import pick
 from .flow import Cut, Kept, whole
 from .prompt import Prompt, padded
+from .raters import Raters
 
 Plan = list[list[tuple[Method, Method]]]
 NOMINAL = 576  # tokens of an image, to learn in front of which layers a method acts before any image has been seen
@@ -112,6 +114,8 @@ class LayerSite:
         self.start = NOMINAL
         self.stage: Stage | None = None
         self.heard: dict[int, Heard] = {}
+        self.raters: Raters | None = None
+        self.rated: dict[int, Tensor] = {}
         self.counts: list[int] | None = None
 
     def plan(self, count: int) -> Plan:
@@ -137,17 +141,15 @@ class LayerSite:
         first = next((layer for layer, steps in enumerate(self.steps) if steps), None)
         if first is None:
             return
-        run.hook(view.decoder.register_forward_pre_hook(self._fresh))
-        listened = {
-            self._read_at(need, at)
-            for at, steps in enumerate(self.steps)
-            for _, step in steps
-            for need in step.needs().values()
-            if not is_ahead(need)
-        }
+        listened: dict[int, set[type[Need]]] = {}
+        for at, steps in enumerate(self.steps):
+            for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
+                listened.setdefault(self._read_at(need, at), set()).add(type(need))
+        rated = any(TextAttention in kinds for kinds in listened.values())
+        run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
         for number, layer in enumerate(view.layers):
             if number in listened:
-                run.taps.listen(view.attention(layer), _Listener(self, number))
+                run.taps.listen(view.attention(layer), _Listener(self, number, listened[number]))
             if number >= first:
                 run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
 
@@ -155,10 +157,14 @@ class LayerSite:
     def _read_at(need: Need, layer: int) -> int:
         return layer - 1 if need.layer is None else need.layer
 
-    def _fresh(self, module: nn.Module, args: tuple) -> None:
-        self.stage = None
+    def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.stage = self.raters = None
         self.heard.clear()
-        scene = self.prompt.scene
+        self.rated.clear()
+        prompt, scene = self.prompt, self.prompt.scene
+        if rated and prompt.flow is not None:
+            with prompt.run.clock.measure("selection"):
+                self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"), prompt.last)
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
@@ -207,12 +213,17 @@ class LayerSite:
 
     def _quota(self, method: Method, number: int) -> Tensor | None:
         """(R, 1) tokens that images of different lengths keep in front of a layer, each by the plan for its own length."""
-        if self.counts is None or not isinstance(getattr(method, "keep", None), float):
+        if self.counts is None:
             return None
         left = []
         for count in self.counts:
+            for earlier in itertools.takewhile(lambda each: each is not method, self.methods):
+                count = earlier.promise(count, self.depth).count
             for step in method.steps(count, self.depth)[: number + 1]:
-                count = count if step is None else Budget(step.keep).count(count)  # type: ignore[attr-defined]
+                keep = None if step is None else getattr(step, "keep", None)
+                if step is not None and keep is None:  # its steps find their own counts
+                    return None
+                count = count if keep is None else Budget(keep).count(count)
             left.append([count])
         assert self.prompt.scene is not None
         return torch.tensor(left, device=self.prompt.scene.rows.slot.device)
@@ -223,6 +234,10 @@ class LayerSite:
         assert self.prompt.flow is not None
         if isinstance(need, LastAttention):
             return self.heard[self._read_at(need, number)].over(self.prompt.flow)
+        if isinstance(need, TextAttention):
+            flow = self.prompt.flow
+            at = flow.at.clamp(max=flow.layout.batch * flow.length - 1) % flow.length
+            return self.rated[self._read_at(need, number)].gather(1, at)
         return self.prompt.encoded(need, 0)
 
     def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
@@ -246,10 +261,10 @@ class LayerSite:
 
 
 class _Listener:
-    """Hears the last token's attention in one layer, while pictures come in."""
+    """Hears the last token's attention in one layer, or that of the text, while pictures come in."""
 
-    def __init__(self, site: LayerSite, number: int) -> None:
-        self.site, self.number = site, number
+    def __init__(self, site: LayerSite, number: int, kinds: set[type[Need]]) -> None:
+        self.site, self.number, self.kinds = site, number, kinds
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         return None
@@ -260,6 +275,11 @@ class _Listener:
             return
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
+            if self.site.raters is not None and TextAttention in self.kinds:
+                cut = None if self.site.stage is None else self.site.stage.cut
+                self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, cut)[:, past:]
+            if LastAttention not in self.kinds:
+                return
             if prompt.last is None:
                 query, mask = query[:, :, -1:], mask[:, :, -1:] if mask is not None and mask.dim() == 4 else mask
             else:

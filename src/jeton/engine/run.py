@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..method import ClassAttention, Keys, LastAttention, Method, Need, ReceivedAttention, Sequence, Unsupported, get
+from ..method import ClassAttention, Keys, LastAttention, Method, Need, ReceivedAttention, Unsupported, get
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
 from .clock import Clock
@@ -49,8 +49,7 @@ def apply(
     if newlines not in (None, "keep", "drop", "pool"):
         raise ValueError(f'newlines must be "keep", "drop" or "pool", got {newlines!r}.')
     made = get(method, **fields)
-    methods = list(made) if isinstance(made, Sequence) else [made]
-    return Run(model, methods, made.spec, positions, newlines).attach()
+    return Run(model, list(made.parts()), made.spec, positions, newlines).attach()
 
 
 def watch(model: nn.Module) -> Run:

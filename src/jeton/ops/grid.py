@@ -87,28 +87,6 @@ def fit(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(better, tall[0], wide[0]), torch.where(better, tall[1], wide[1])
 
 
-def line_means(score: Tensor, place: Place, stitched: bool = True, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(B, N) number of the line of patches each token stands in, and (B, N) the mean score of every line, in float32.
-
-    Lines are numbered from the top of the first picture. `stitched`: the crops of a thumbnail are one picture with lines through
-    all of them, as they are stitched; otherwise each has its own. Tokens outside `mask` do not count.
-    """
-    picture, row = place.unit, place.row
-    if stitched and place.crop_row is not None:
-        assert place.crop_rows is not None and place.crop_cols is not None
-        crop = (place.unit > 0) & (place.crop_rows * place.crop_cols > 1)
-        picture = torch.where(crop, 1, picture)
-        row = torch.where(crop, place.crop_row * place.height + row, row)
-    key = picture * 2**24 + row
-    order = key.argsort(dim=1, stable=True)
-    starts = torch.nn.functional.pad(key.gather(1, order).diff(dim=1) != 0, (1, 0)).long().cumsum(1)
-    line = torch.empty_like(order).scatter(1, order, starts)
-    real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
-    total = score.new_zeros(score.shape, dtype=torch.float32).scatter_add(1, line, score.float().masked_fill(~real, 0))
-    size = torch.zeros_like(total).scatter_add(1, line, real.float())
-    return line, total / size.clamp(min=1)
-
-
 def _fill(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     rows = ((k * height).double() / width + 1e-9).sqrt().floor().long().minimum(height).minimum(k).clamp(min=1)
     return rows, (k // rows).clamp(min=1).minimum(width)

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
 from ..ops.budget import count, counts, split, unit_sizes
-from ..ops.grid import line_means
+from ..ops.lines import best_of_lines
 from ..ops.outliers import outliers
-from ..ops.ranking import rank_in_units
 from ..ops.selection import pack, top_k
-from ..place import Place
 from ..tokens import Reduction, Tokens
 from ._common import attention, check_score, score_of
 
@@ -37,7 +35,11 @@ class FoPru(Method):
     `scope` "image": all tokens of an image compete, and the rows are those of the stitched crops and of the thumbnail; "crop":
     each picture has its share of K by size, and its own rows. `outlier_clip` leaves attention sinks aside: patches above
     Q3 + outlier_clip (Q3 - Q1) of their picture come last; None keeps them. No code is published: the reading of "significance"
-    as received attention, `scope` and `outlier_clip` are ours.
+    as received attention (over all queries, the class token's among them), `scope` and `outlier_clip` are ours.
+
+    On the embedded model, at 25 %, "received" does not beat random beyond noise (0.31 against 0.29 of 600 questions) and "class"
+    does (0.41): what patches receive there follows their contrast half as closely (correlation 0.34) as what the class token
+    gives (0.67), so that many tokens of the plain background stay.
     """
 
     site = "encoder"
@@ -55,45 +57,32 @@ class FoPru(Method):
             if value not in known:
                 raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got {value!r}.')
         if self.outlier_clip is not None and not self.outlier_clip >= 0:
-            raise ValueError(f"outlier_clip must be a factor of the inter-quartile range, 0 or more, or None, got {self.outlier_clip}.")
+            raise ValueError(f"outlier_clip, a factor of Q3 - Q1, must be 0 or more, or None, got {self.outlier_clip}.")
 
     def needs(self) -> dict[str, Need]:
         return {"attention": attention(self.score, layer=-1)}
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         score = score_of(signals, "attention", "fopru")
-        place, mask = tokens.place, tokens.mask
-        sink = None
-        if self.outlier_clip is not None:
-            unit = torch.zeros_like(tokens.origin) if place is None else place.unit
-            sink = outliers(score, unit, 1 if place is None else place.units, self.outlier_clip, mask)
-        if self.select == "row":
-            if place is None:
-                raise ValueError('fopru(select="row") needs to know the rows of the picture: give Tokens a place.')
-            return self._rows(score, place, mask, sink)
-        score = score if sink is None else score.masked_fill(sink, -torch.inf)
-        return top_k(score, self.keep, mask, place if self.scope == "crop" else None)
+        place, mask, aside = tokens.place, tokens.mask, self._sinks(score, tokens)
+        if self.select == "rank":
+            score = score if aside is None else score.masked_fill(aside, -torch.inf)
+            return top_k(score, self.keep, mask, place if self.scope == "crop" else None)
+        if place is None:
+            raise ValueError('fopru(select="row") needs to know the rows of the picture: give Tokens a place.')
+        stitched = self.scope == "image"
+        sizes = unit_sizes(place.unit, place.units, mask)
+        sizes = sizes.sum(1, keepdim=True) if stitched else sizes
+        quota = split(counts(self.keep, sizes.sum(1)), sizes)
+        chosen = best_of_lines(score, place, quota, mask, aside, stitched, self.partial_row)
+        return pack(chosen, count(self.keep, len(tokens)), ragged=mask is not None or not self.partial_row)
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return Promise(Budget(self.keep).count(n), exact=self.select == "rank" or self.partial_row)
 
-    def _rows(self, score: Tensor, place: Place, mask: Tensor | None, sink: Tensor | None) -> Reduction:
-        """Tokens in the order of their row's mean, then of their own score; the first K of them stay."""
-        n, units = score.shape[1], place.units if self.scope == "crop" else 1
-        real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
-        own = (place.unit.clamp(min=0) if units > 1 else torch.zeros_like(place.unit)).masked_fill(~real, units)
-        line, mean = line_means(score, place, stitched=self.scope == "image", mask=real if sink is None else real & ~sink)
-        by_line = rank_in_units(mean.gather(1, line), own, units + 1)  # ties go to the lowest index: a line may be torn apart
-        first = by_line.new_full(mean.shape, n).scatter_reduce(1, line, by_line.masked_fill(~real, n), "amin")
-        alone = score if sink is None else score.masked_fill(sink, -torch.inf)
-        within = rank_in_units(alone, own, units + 1)
-        place_in_unit = rank_in_units(-(first.gather(1, line) * (n + 1) + within), own, units + 1)
-        sizes = unit_sizes(own, units + 1)[:, :units]
-        quota = split(counts(self.keep, sizes.sum(1)), sizes)
-        if not self.partial_row:
-            end = by_line.new_zeros(mean.shape).scatter_reduce(1, line, place_in_unit.masked_fill(~real, -1), "amax") + 1
-            limit = torch.nn.functional.pad(quota, (0, 1)).gather(1, own)
-            whole = unit_sizes(own, units + 1, (end.gather(1, line) <= limit) & real)[:, :units]
-            quota = torch.where(whole > 0, whole, quota)
-        chosen = place_in_unit < torch.nn.functional.pad(quota, (0, 1)).gather(1, own)
-        return pack(chosen, count(self.keep, n), ragged=mask is not None or not self.partial_row)
+    def _sinks(self, score: Tensor, tokens: Tokens) -> Tensor | None:
+        if self.outlier_clip is None:
+            return None
+        place = tokens.place
+        unit, units = (torch.zeros_like(tokens.origin), 1) if place is None else (place.unit, place.units)
+        return outliers(score, unit, units, self.outlier_clip, tokens.mask)

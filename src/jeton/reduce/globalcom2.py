@@ -38,7 +38,8 @@ class GlobalCom2(Method):
     With `redistribute` K is met exactly (the thumbnail rounds, crops take the rest by largest remainder); without, all counts are
     rounded down, as published. Kept tokens of the thumbnail stand in spatial order; the released code leaves them by descending
     score, scores every image of a batch by the first one's thumbnail, and reads the tower's very last block. `layer` -1 is the
-    block whose output the model uses, one before that; `score` "received" is for encoders without a class token.
+    block whose output the model uses, one before that. `score` "received" is for encoders without a class token; it adds up to 1
+    over a picture, so a temperature of 10 leaves all crops nearly alike: set one near 0.1.
     """
 
     site = "encoder"
@@ -97,7 +98,7 @@ def crop_ratios(sums: Tensor, crop: Tensor, ratio: Tensor | float, temperature: 
     """(B, U) share of its tokens each crop keeps: ``min(1, ratio (1 + w - mean(w)))`` with w = softmax(sums / temperature) over
     the units that are crops (B, U). Without clipping their mean is `ratio`."""
     weight = (sums.double() / temperature).masked_fill(~crop, -torch.inf).softmax(1)
-    mean = 1 / crop.sum(1, keepdim=True).clamp(min=1)
+    mean = 1 / crop.sum(1, keepdim=True).clamp(min=1).double()
     return (ratio * (1 + weight - mean)).clamp(min=0, max=1).masked_fill(~crop, 0)
 
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
-from ..ops.budget import count, counts, split, unit_sizes
-from ..ops.merging import add_mean_weight, merge
-from ..ops.ranking import rank_in_units
-from ..ops.selection import best_of_units
-from ..ops.similarity import normalise
-from ..tokens import Reduction, Tokens, gather
+from ..ops.anchors import dominant_and_contextual, most_seats, share
+from ..ops.budget import count, counts
+from ..tokens import Reduction, Tokens
 from ._common import attention, check_score, read, score_of
+
+SHARE = (10, 64)  # contextual tokens among all, in the paper
 
 
 @register(
@@ -67,25 +66,15 @@ class VisionZip(Method):
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         b, n, _ = tokens.features.shape
-        prefix, here = tokens.prefix, torch.arange(n, device=tokens.device)
+        prefix = tokens.prefix
         k = count(self._total, n - prefix)
         if k == n - prefix and tokens.mask is None:
-            return Reduction.keep(here[prefix:].expand(b, -1), n)
+            return Reduction.keep(torch.arange(prefix, n, device=tokens.device).expand(b, -1), n)
         score = score_of(signals, "attention", "visionzip")
         keys = read(signals, "keys", "visionzip", "attention keys (B, N, d)")
-        unit, units = self._units(tokens)
-        patch = tokens.real & (here >= prefix)
-        sizes = unit_sizes(unit, units, patch)
-        budget = counts(self._total, sizes.sum(1, keepdim=True))
-        total = split(budget[:, 0], sizes)
-        part = total < sizes  # a unit that keeps all of its patches needs neither class token nor anchors
-        context = self._contextual(total, budget).masked_fill(~part, 0)
-        first = tokens.real & (here < min(prefix, units)) & (part & (total > context)).gather(1, unit)
-        dominant = first | best_of_units(score, unit, total - context - unit_sizes(unit, units, first), patch)
-        into, seats = torch.where(dominant, here, -1), self._seats(k, units)
-        if seats:
-            into = torch.where(dominant, here, _gathered(keys, unit, patch & ~dominant, context, seats))
-        return merge(into, k, weight=add_mean_weight(into), prefix=prefix, ragged=tokens.mask is not None)
+        budget = counts(self._total, tokens.real[:, prefix:].sum(1, keepdim=True))
+        units = 1 if tokens.place is None else tokens.place.units
+        return dominant_and_contextual(tokens, score, keys, budget, self._contextual, k, self._seats(k, units))
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return Promise(Budget(self._total).count(n))
@@ -99,43 +88,14 @@ class VisionZip(Method):
     def _contextual(self, total: Tensor, k: Tensor) -> Tensor:
         """(B, U) contextual tokens among each unit's `total` (B, U), where the whole row keeps k (B, 1)."""
         if self.contextual is None and self.dominant is None:
-            return ((2 * total * 10 + 64) // 128).clamp(min=1).minimum(total // 2)  # 10 of 64, rounded
+            return share(total, *SHARE)
         wanted = (k - (self.dominant or 0)).clamp(min=0) if self.contextual is None else self.contextual
         return ((2 * total * wanted + k) // (2 * k).clamp(min=1)).minimum(total)
 
     def _seats(self, k: int, units: int) -> int:
         """The most anchors a row that keeps k may have; rounding may add one per unit."""
         if self.contextual is None and self.dominant is None:
-            wanted = max(1, (2 * k * 10 + 64) // 128)
+            wanted = most_seats(k, *SHARE)
         else:
             wanted = max(0, k - (self.dominant or 0)) if self.contextual is None else self.contextual
         return min(k, wanted + (units if units > 1 else 0))
-
-    @staticmethod
-    def _units(tokens: Tokens) -> tuple[Tensor, int]:
-        """(B, N) unit of each token, the class tokens in front belonging to unit 0, 1, ...; and how many units there are."""
-        b, n, _ = tokens.features.shape
-        units = 1 if tokens.place is None else tokens.place.units
-        if tokens.place is None or units == 1:
-            return torch.zeros(b, n, dtype=torch.long, device=tokens.device), 1
-        front = torch.arange(tokens.prefix, device=tokens.device).clamp(max=units - 1).expand(b, -1)
-        return torch.cat([front, tokens.place.unit[:, tokens.prefix :].clamp(min=0)], 1), units
-
-
-def _gathered(keys: Tensor, unit: Tensor, rest: Tensor, context: Tensor, seats: int) -> Tensor:
-    """(B, N) into which anchor each token of `rest` (B, N) goes; anchors into themselves, all others -1.
-
-    context (B, U) anchors per unit, at most `seats` in a row.
-    """
-    n, units = keys.shape[1], context.shape[1]
-    here = torch.arange(n, device=keys.device)
-    wanted = context.gather(1, unit)
-    stride = (unit_sizes(unit, units, rest) // context.clamp(min=1)).gather(1, unit).clamp(min=1)
-    position = rank_in_units(torch.where(rest, n - here, 0), unit, units)
-    anchor = rest & (position % stride == 0) & (position // stride < wanted)
-    seat = (~anchor).to(torch.uint8).argsort(dim=1, stable=True)[:, :seats]
-    metric = normalise(keys)
-    near = metric @ gather(metric, seat).mT
-    fits = anchor.gather(1, seat)[:, None, :] & (unit[:, :, None] == unit.gather(1, seat)[:, None, :])
-    target = seat.gather(1, near.masked_fill(~fits, -torch.inf).argmax(2))
-    return torch.where(anchor, here, target.masked_fill(~rest | (wanted == 0), -1))

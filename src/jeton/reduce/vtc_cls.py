@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..method import Budget, ClassAttention, Method, Need, Promise, Signals, check_keep, register
 from ..ops.selection import top_k
 from ..tokens import Reduction, Tokens
 from ._common import check_per, score_of
+
+_COMBINE: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 
 
 @register(
@@ -40,7 +44,7 @@ class VTCCLS(Method):
         check_per(self.per)
         if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
             raise ValueError(f"layers must be a number of encoder blocks, 1 or more, got {self.layers!r}.")
-        if self.combine not in ("sum", "min", "max"):
+        if self.combine not in _COMBINE:
             raise ValueError(f'combine must be "sum", "min" or "max", got {self.combine!r}.')
 
     def needs(self) -> dict[str, Need]:
@@ -49,7 +53,7 @@ class VTCCLS(Method):
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         blocks = torch.stack([score_of(signals, name, "vtc-cls") for name in self.needs()])
-        score = {"sum": blocks.sum, "min": blocks.amin, "max": blocks.amax}[self.combine](0)
+        score = _COMBINE[self.combine](blocks, 0)
         return top_k(score, self.keep, tokens.mask, tokens.place, self.per)
 
     def promise(self, n: int, depth: int = 12) -> Promise:

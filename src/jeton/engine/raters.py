@@ -1,0 +1,91 @@
+"""Which text tokens of a prompt rate its images, and how they attend to them while a layer runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import attention
+from ..tokens import gather
+from .ahead import SLAB, query_rows, row_mask
+from .flow import Cut, Flow
+from .prompt import padded
+
+
+@dataclass(frozen=True)
+class Raters:
+    """Over the columns that came through the entrance: text (B, L) true where a row may be asked for, at most `most` of a prompt;
+    weight (R, L) what each column counts in the mean over an image's raters. sample (R,): the prompt of each image."""
+
+    text: Tensor
+    weight: Tensor
+    sample: Tensor
+    most: int
+
+    @classmethod
+    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, last: Tensor | None) -> Raters:
+        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model."""
+        batch, length, _ = embeds.shape
+        layout, device = flow.layout, embeds.device
+        end = batch * length
+        here = torch.arange(length, device=device)
+        text = torch.ones(end + 1, dtype=torch.bool, device=device)
+        text[flow.columns.flatten()] = False
+        text = text[:-1].view(batch, length)
+        if mask is not None and mask.dim() == 2:
+            text = text & mask[:, -length:].bool()
+        final = here == (length - 1 if last is None else last[:, None])
+        sample = torch.tensor(layout.sample, device=device)
+        image = (flow.columns % length).masked_fill(flow.columns == end, -1).amax(1, keepdim=True)
+        behind = text[sample] & (here > image)
+        behind = torch.where(behind.any(1, keepdim=True), behind, final.expand(batch, -1)[sample])
+        text = text | final
+        shown = [0] * batch
+        for number, count in zip(layout.sample, layout.album.counts, strict=True):
+            shown[number] += count
+        most = min(length, layout.length - min(shown) + 1)
+        return cls(text, _weights(flow, embeds, behind, _first(text, most)[sample]), sample, most)
+
+    def attention(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, cut: Cut | None) -> Tensor:
+        """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads and raters, a slab of text at
+        a time."""
+        text, weight = self.text, self.weight
+        if cut is not None:
+            text, weight = text.gather(1, cut.index), weight.gather(1, cut.index[self.sample])
+            text = text if cut.valid is None else text & cut.valid
+        columns = _first(text, self.most)
+        real, weight = text.gather(1, columns), weight.gather(1, columns[self.sample])
+        everyone = torch.arange(query.shape[0], device=query.device)
+        past, out = key.shape[2] - query.shape[2], torch.zeros(weight.shape[0], key.shape[2], device=query.device)
+        for start in range(0, columns.shape[1], SLAB):
+            part = slice(start, start + SLAB)
+            seen = row_mask(mask, key, past, everyone, columns[:, part])
+            rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen).mean(1)
+            rows = rows.masked_fill(~real[:, part, None], 0)  # a row of padding may see no key at all
+            out = out + (weight[:, None, part] @ rows[self.sample])[:, 0]
+        return out
+
+
+def _first(chosen: Tensor, k: int) -> Tensor:
+    """(B, k) the first columns where `chosen` (B, L), then others."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+
+
+def _weights(flow: Flow, embeds: Tensor, behind: Tensor, columns: Tensor) -> Tensor:
+    """(R, L) 1 / raters at the raters among the text `behind` (R, L) each image, which lies in columns (R, T)."""
+    rows = flow.scene.rows
+    sample = torch.tensor(flow.layout.sample, device=embeds.device)
+    valid = behind.gather(1, columns)
+    visual = padded(embeds.flatten(0, 1))[flow.at].float()
+    words = gather(embeds[sample], columns).float()
+    relevance = (visual @ words.mT).masked_fill(~valid[:, None], -torch.inf).softmax(2)
+    if rows.mask is not None:
+        relevance = relevance.masked_fill(~rows.mask[..., None], 0)
+    relevance = relevance.sum(1)
+    mean = relevance.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+    above = valid & (relevance > mean)
+    above = torch.where(above.any(1, keepdim=True), above, valid)
+    share = above.float() / above.sum(1, keepdim=True)
+    return torch.zeros(behind.shape, device=embeds.device).scatter(1, columns, share)
