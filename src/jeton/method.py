@@ -116,6 +116,16 @@ class LastAttention(Need):
 
 
 @dataclass(frozen=True)
+class TextAttention(Need):
+    """(B, N) attention of the text behind the row's image over the row's tokens, averaged over heads and raters, at a
+    language-model layer, after softmax over all keys. None means the layer before the one the method stands in front of.
+
+    Raters are the text tokens whose relevance to the image is above the mean: the softmax over this text of V Tᵀ, averaged over
+    the visual tokens, from the embeddings at the entrance. Where none is, all are; where no text follows, the prompt's last
+    token is."""
+
+
+@dataclass(frozen=True)
 class VisualAttention(Need):
     """(B, N) attention that each token of the row receives from the tokens of the same row, averaged over these queries and over
     heads, after softmax over all keys; of the language-model layer the method stands in front of, computed ahead."""
@@ -167,6 +177,10 @@ class Method:
         """The signals `reduce` reads, by the name under which it finds them."""
         return {}
 
+    def parts(self) -> tuple[Method, ...]:
+        """The methods it consists of, each at its own site, in the order of a token's life; for most methods itself alone."""
+        return (self,)
+
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         """Decide: tokens (B, N, D) and the declared signals give a `Reduction` of (B, N) to (B, K)."""
         raise NotImplementedError(f"{type(self).__name__} must say how it reduces tokens.")
@@ -206,7 +220,7 @@ class Sequence(Method):
             flat.extend(method.methods if isinstance(method, Sequence) else [method])
         if not flat:
             raise ValueError("Sequence needs at least one method.")
-        self.methods = tuple(flat)
+        self.methods: tuple[Method, ...] = tuple(flat)
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)
@@ -223,6 +237,9 @@ class Sequence(Method):
     @property
     def spec(self) -> str:
         return " | ".join(method.spec for method in self.methods)
+
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(part for method in self.methods for part in method.parts())
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         """Chain the methods on plain tokens. Signals are not available between them: methods that need some must be applied

@@ -30,9 +30,7 @@ def published(model: ViTModel, pixels: torch.Tensor, r: int, weigh: bool = True)
         for block in blocks:
             a, heads = block.attention, model.config.num_attention_heads
             y = block.layernorm_before(x)
-            q, k, v = (
-                part(y).view(len(x), heads, -1).transpose(0, 1) for part in (a.q_proj, a.k_proj, a.v_proj)
-            )
+            q, k, v = (part(y).view(len(x), heads, -1).transpose(0, 1) for part in (a.q_proj, a.k_proj, a.v_proj))
             logits = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + (size.log() if weigh else 0)
             x = x + a.o_proj((logits.softmax(-1) @ v).transpose(0, 1).flatten(1))
             x, size = merge(x, size, k.mean(0), r)

@@ -147,7 +147,7 @@ def test_it_is_deterministic_and_leaves_the_global_random_state_alone(card):
 def test_nothing_waits_for_the_device(card, keep, units):
     """On the meta device there are no values to look at: any .item(), .tolist() or bool(tensor) fails."""
     tokens, signals = row(device="meta")
-    grid = {name: tokens.place.row for name in ("crop_row", "crop_col", "crop_rows", "crop_cols")}
+    grid = dict.fromkeys(("crop_row", "crop_col", "crop_rows", "crop_cols"), tokens.place.row)
     tokens = dataclasses.replace(tokens, place=dataclasses.replace(tokens.place, units=units, **grid))
     step = get(card.id, keep=keep).reduce(tokens, signals)
     after = step.apply(tokens)

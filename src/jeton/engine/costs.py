@@ -18,6 +18,7 @@ from .report import ImageCount, Report, SiteCount
 if TYPE_CHECKING:
     from .run import Run
 
+
 class Costs:
     """Keeps references while the model runs and does its sums when asked, so that nothing waits for the device."""
 

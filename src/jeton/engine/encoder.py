@@ -46,7 +46,10 @@ class EncoderSite:
         layer = need.layer or 0
         block = layer + self.depth if layer < 0 else layer
         if not 0 <= block < self.depth:
-            raise ValueError(f"layer={layer} asks for block {block}, but only blocks 0 to {self.depth - 1} are in use.")
+            raise ValueError(
+                f"the encoder's features come out of block {self.depth - 1}, so layer={layer} does not exist; "
+                f"use 0 to {self.depth - 1}, or -1 to -{self.depth} counted from there."
+            )
         return block
 
     def clear(self) -> None:
@@ -141,6 +144,7 @@ class EncoderSite:
         place = Place.grid(pictures, height, width, pixels.device)
         blank = Tokens(pixels.new_zeros(pictures, height * width, 1), place=place)
         with self.run.clock.measure("selection"):
+            self.run.check_keep(method, height * width)
             grid = method.grid(height, width)
             step = method.reduce(blank)
             step = replace(step, index=step.index[:, : grid[0] * grid[1]], mask=None)

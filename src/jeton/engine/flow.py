@@ -173,7 +173,7 @@ class Flow:
         keep[self.at.flatten()] = True
         keep = keep[:-1].view(batch, self.length)
         short, uneven = self._shortened(keep)
-        if short == self.length:
+        if short == self.length and not uneven:
             return None
         index = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)[:, self.length - short :]
         valid = keep.gather(1, index) if uneven else None

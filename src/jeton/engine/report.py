@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Report:
         return {**asdict(self), "flops_share": self.flops_share}
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=_Nowhere())
+        console = Console(width=100, record=True, file=io.StringIO())
         console.print(f"[bold]{self.method}[/] on {self.model} ({self.device}, {self.dtype})", highlight=False)
         if self.note:
             console.print(self.note, highlight=False)
@@ -80,14 +81,6 @@ class Report:
             spread = f"[{t.low * 1e3:.2f}, {t.high * 1e3:.2f}]"
             console.print(f"{stage}: {t.median * 1e3:.2f} ms {spread} over {t.count}", highlight=False, markup=False)
         return console.export_text().rstrip()
-
-
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 def runs(tokens: tuple[float, ...]) -> str:

@@ -28,9 +28,7 @@ from .tap import Taps
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 
 
-def apply(
-    model: nn.Module, method: str | Method, *, positions: str = "keep", newlines: str | None = None, **fields: Any
-) -> Run:
+def apply(model: nn.Module, method: str | Method, *, positions: str = "keep", newlines: str | None = None, **fields: Any) -> Run:
     """Reduce the visual tokens of `model` with `method` until the returned run is removed.
 
     Works as a context manager (``with jeton.apply(model, "divprune", keep=64) as run``) or until ``run.remove()``.
@@ -61,16 +59,20 @@ class Run:
     """One method, or a sequence of them, on one model."""
 
     def __init__(self, model: nn.Module, methods: list[Method], spec: str, positions: str, newlines: str | None) -> None:
-        running = _RUNNING.get(model)
+        self.view = adapt(model)
+        self.encoder = self.view if isinstance(self.view, Encoder) else self.view.encoder
+        self._parts: list[Any] = [model, self.encoder.model]
+        if isinstance(self.view, VisionLanguage):
+            self._parts += [self.view.model, self.view.base, self.view.decoder]
+        running = next((run for part in self._parts if (run := _RUNNING.get(part)) is not None), None)
         if running is not None:
             raise RuntimeError(
                 f"{type(model).__name__} already has {running.spec} applied; call its run.remove() first, or apply both at once "
                 f'as "{running.spec} | {spec}".'
             )
-        self.model, self.methods, self.spec, self.newlines = model, methods, spec, newlines
+        self.model, self.methods, self.newlines = model, methods, newlines
+        self.spec: str = spec
         self.compact = positions == "compact"
-        self.view = adapt(model)
-        self.encoder = self.view if isinstance(self.view, Encoder) else self.view.encoder
         self._check()
         parameter = next(model.parameters())
         self.clock = Clock(parameter.device)
@@ -82,7 +84,7 @@ class Run:
         self.outlet: Outlet | None = None
         self.projector: ProjectorSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
-        late = {
+        late: set[Need] = {
             need
             for method in methods
             if method.site in ("encoder", "entry", "layer")
@@ -105,7 +107,7 @@ class Run:
         except BaseException:
             self.remove()
             raise
-        _RUNNING[self.model] = self
+        _RUNNING.update(dict.fromkeys(self._parts, self))
         return self
 
     def _attach_language(self, view: VisionLanguage) -> None:
@@ -132,8 +134,9 @@ class Run:
         self._handles.clear()
         self._undo.clear()
         self.taps.close()
-        if _RUNNING.get(self.model) is self:
-            del _RUNNING[self.model]
+        for part in self._parts:
+            if _RUNNING.get(part) is self:
+                del _RUNNING[part]
 
     def __enter__(self) -> Run:
         return self

@@ -223,4 +223,3 @@ def _inside(model: nn.Module) -> Iterator[nn.Module]:
     vision = getattr(model, "vision_model", None)
     if isinstance(vision, nn.Module):
         yield vision
-

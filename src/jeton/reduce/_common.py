@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from math import floor
+
 import torch
 from torch import Tensor
 
 from ..method import ClassAttention, Need, ReceivedAttention, Signals, check_keep
-from ..ops.budget import counts
+from ..ops.budget import count, counts
+from ..ops.selection import best_of_units, pack, top_k
+from ..tokens import Reduction, Tokens
 
 
 def check_score(score: str) -> None:
@@ -48,3 +55,35 @@ def quota(signals: Signals | None, keep: int | float, real: Tensor) -> Tensor:
     """(B, 1) patches each row keeps in this step: what the engine planned where rows differ in length, else `keep` of `real`."""
     planned = signals.get("quota") if signals else None
     return counts(keep, real) if planned is None else torch.minimum(planned, real)
+
+
+def best(score: Tensor, tokens: Tokens, keep: int | float, signals: Signals | None = None) -> Reduction:
+    """Keep the highest `score` (B, N): `keep` of each row, or what the engine planned for it."""
+    if tokens.mask is None:
+        return top_k(score, keep)
+    k, only = count(keep, len(tokens)), torch.zeros_like(tokens.origin)
+    return pack(best_of_units(score, only, quota(signals, keep, tokens.count()[:, None]), tokens.mask), k, ragged=True)
+
+
+def check_layers(layers: object, stages: int | None = None) -> None:
+    """Numbers of language-model layers, ascending; `stages` is how many there must be."""
+    if layers is None:
+        return
+    whole = isinstance(layers, tuple | list) and all(isinstance(at, int) and not isinstance(at, bool) for at in layers)
+    if not whole or any(b <= a for a, b in pairwise([-1, *layers])):  # type: ignore[misc]
+        raise ValueError(f"layers must list layers in ascending order, e.g. (8, 16, 24), got {layers!r}.")
+    if stages is not None and len(layers) != stages:  # type: ignore[arg-type]
+        raise ValueError(f"layers={layers!r} should name {stages} layers, one for each stage.")
+
+
+def stages(who: str, layers: Sequence[int] | None, shares: Sequence[Fraction], depth: int, behind: int = 0) -> list[int]:
+    """The layers in front of which the stages stand, `behind` after those given, or after these shares of the depth. In a model
+    too shallow to tell them apart several stages share a layer; no stage stands in front of layer 0."""
+    if layers is None:
+        return [min(depth - 1, max(1, floor(depth * share + Fraction(1, 2)) + behind)) for share in shares]
+    wrong = [layer for layer in layers if not 1 <= layer + behind < depth]
+    if wrong:
+        raise ValueError(
+            f"{who} cannot act at layer {wrong[0]} of {depth}; layers {1 - behind} to {depth - 1 - behind} are possible."
+        )
+    return [layer + behind for layer in layers]

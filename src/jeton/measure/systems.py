@@ -1,0 +1,125 @@
+"""What the registry says, as text: one method for `jeton show`, all of them for the documents.
+
+``python -m jeton.measure.systems`` renews docs/systems.md and the marked parts of README.md in the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from ..method import Card, methods
+from .plan import CONTROLS, budget
+
+_SITES = {
+    "pixels": "on the picture itself, before the encoder",
+    "block": "inside encoder blocks, of encoders alone and in vision-language models",
+    "encoder": "after the encoder, before the projector, of encoders alone and in vision-language models",
+    "entry": "at the language model's entrance, in prefill",
+    "layer": "inside the language model",
+}
+
+_SIGNALS = {
+    "ClassAttention": "the class token's attention",
+    "ReceivedAttention": "the attention each token receives",
+    "Keys": "attention keys",
+    "LastAttention": "the attention of the prompt's last token",
+}
+
+
+def describe(card: Card) -> str:
+    """One method in full: card, idea, fields, needs and places."""
+    idea = [" ".join(part.split()) for part in (inspect.getdoc(card.cls) or "").split("\n\n")]
+    fields = [field for field in dataclasses.fields(card.cls) if field.init]  # type: ignore[arg-type]
+    shown = "\n".join(f"  {field.name} = {_default(field)}  ({field.type})" for field in fields) or "  none"
+    facts = [
+        f"Acts {_SITES.get(card.cls.site, card.cls.site)}.",
+        f"Reads {'; '.join(needs(card)) or 'nothing but the tokens'}.",
+        "Needs no training." if card.training_free else "Needs training.",
+    ]
+    parts = [f"{card.id}: {card.title} ({card.year}, {card.source})", *idea, f"Fields:\n{shown}", "\n".join(facts)]
+    return "\n\n".join(parts)
+
+
+def needs(card: Card) -> list[str]:
+    """What the method looks at, in words, as it is by default."""
+    try:
+        wanted = card.cls().needs().values()
+    except TypeError:  # a field without default
+        return ["what its fields say"]
+    return list(dict.fromkeys(_SIGNALS.get(type(need).__name__, type(need).__name__) for need in wanted))
+
+
+def table() -> str:
+    """Every method in one Markdown table, controls first, then in the order of a token's life."""
+    sites = list(_SITES)
+    cards = sorted(methods(), key=lambda card: (card.id not in CONTROLS, sites.index(card.cls.site), card.year, card.id))
+    lines = ["| id | site | reads | source |", "|---|---|---|---|"]
+    for card in cards:
+        source = card.source if card.source == "control" else f"{card.title} ({card.year}), {card.source}"
+        lines.append(f"| `{card.id}` | {card.cls.site} | {'; '.join(needs(card)) or 'tokens only'} | {source} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/systems.md: every method with its idea and fields."""
+    parts = ["# Systems", "Written by `python -m jeton.measure.systems` from the registry; do not edit.", table()]
+    for card in methods():
+        lines = [
+            textwrap.fill(line, 110, subsequent_indent=" " * 4 if line[:1] == " " else "") for line in describe(card).split("\n")
+        ]
+        parts += [f"## {card.id}", "```text\n" + "\n".join(lines) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def results(measured: dict[str, Any]) -> str:
+    """Accuracy and speed-up of a comparison's JSON, a method a line, a budget a column."""
+    full, *rows = [row for row in measured["rows"] if row["reason"] is None]
+    budgets = list(dict.fromkeys(row["keep"] for row in rows))
+    lines = [f"| method | {' | '.join(budget(keep) for keep in budgets)} |", "|---|" + "---|" * len(budgets)]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        cells = {row["keep"]: f"{row['accuracy']:.3f} ({row['speedup']:.2f}x)" for row in rows if row["method"] == name}
+        lines.append(f"| `{name}` | {' | '.join(cells.get(keep, '') for keep in budgets)} |")
+    machine, settings = measured["machine"], measured["settings"]
+    what = f"Accuracy (and speed-up to the first token) of {measured['model']} on {settings['questions']} questions"
+    place = ", ".join(str(machine[key]) for key in ("processor", "accelerator") if key in machine)
+    where = f"{place}, {machine['threads']} threads, torch {machine['torch']}, {settings['dtype']}"
+    return f"{what}; with all tokens {full['accuracy']:.3f}. {where}.\n\n" + "\n".join(lines)
+
+
+def between(document: str, name: str, content: str) -> str:
+    """A document with the part between its markers `name: begin` and `name: end` renewed."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the document lacks the markers {begin} and {end}.")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def write(root: Path) -> list[Path]:
+    """Renew the generated documents of a checkout; the paths written."""
+    readme, systems, measured = root / "README.md", root / "docs" / "systems.md", root / "benchmarks" / "results" / "compare.json"
+    example = (root / "examples" / "own_method.py").read_text(encoding="utf-8")
+    text = between(readme.read_text(encoding="utf-8"), "methods", table())
+    text = between(text, "example", f"```python\n{example}```")
+    if measured.exists():
+        text = between(text, "results", results(json.loads(measured.read_text(encoding="utf-8"))))
+    readme.write_text(text, encoding="utf-8")
+    systems.write_text(page(), encoding="utf-8")
+    return [readme, systems]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return "(must be given)" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+
+
+if __name__ == "__main__":
+    for path in write(Path.cwd()):
+        print(path)

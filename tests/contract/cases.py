@@ -1,0 +1,115 @@
+"""Every registered method x every registered adapter. A new method or adapter gets the whole contract by being registered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+from torch import nn
+
+import tiny
+from jeton.method import ClassAttention, LastAttention, Method, get, methods
+from jeton.models import Encoder, VisionLanguage, adapt
+
+SHARE = 0.3  # the budget where nothing else is said
+ATTENTIONS = ("sdpa", "eager")
+LANGUAGE = [
+    "LlavaForConditionalGeneration",
+    "LlavaForConditionalGeneration-siglip",
+    "LlavaNextForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+]
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN = LANGUAGE
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method, with the fields of a variant, on one tiny model."""
+
+    method: str
+    fields: tuple[tuple[str, Any], ...]
+    model: str
+
+    def __str__(self) -> str:
+        return "-".join([self.method, *(str(value) for _, value in self.fields), self.model])
+
+    def made(self, keep: int | float = SHARE) -> Method:
+        return budgeted(self.method, keep, **dict(self.fields))
+
+    def net(self, attention: str = "sdpa", **more: Any) -> nn.Module:
+        return tiny.model(self.model, attention, **more)
+
+
+def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
+    """A method with a budget. The contract speaks of budgets, so every method must take `keep`."""
+    cls = get(name).__class__
+    names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    assert "keep" in names, (
+        f"{name} has no field `keep`; the contract cannot set its budget. Add the field, or teach tests/contract/cases.py."
+    )
+    return get(name, keep=keep, **fields)
+
+
+def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
+    """Every method as it is, and with the score that needs no class token where it has one."""
+    for card in methods():
+        yield card.id, ()
+        if any(item.name == "score" for item in dataclasses.fields(card.cls)):  # type: ignore[arg-type]
+            yield card.id, (("score", "received"),)
+
+
+@lru_cache(maxsize=64)
+def view(model: str) -> Encoder | VisionLanguage:
+    return adapt(tiny.model(model))
+
+
+def claimed(case: Case) -> bool:
+    """Whether the model has what the method declares it needs; if not, `apply` must raise `Unsupported`."""
+    method, seen = case.made(), view(case.model)
+    language = isinstance(seen, VisionLanguage)
+    encoder = seen.encoder if isinstance(seen, VisionLanguage) else seen
+    needs = method.needs().values()
+    if encoder.packed and (method.site in ("block", "pixels") or not language):
+        return False
+    if method.site == "layer" and not language:
+        return False
+    if any(isinstance(need, LastAttention) for need in needs) and not language:
+        return False
+    if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
+        return False
+    # pictures cut into patches before they reach the encoder can no longer be made smaller
+    return not (method.site == "pixels" and "Siglip2" in case.model)
+
+
+def needed(case: Case) -> bool:
+    """Variants are for models that cannot do without them, and for one of each kind that can."""
+    plain = Case(case.method, (), case.model)
+    return not case.fields or not claimed(plain) or case.model in (LLAVA, "CLIPVisionModel")
+
+
+# classes whose adapter is that of another class: the model without its head
+INNER = ("LlavaModel", "LlavaNextModel", "Qwen2_5_VLModel", "CLIPVisionModelWithProjection")
+ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
+REFUSED = [case for case in ALL if not claimed(case)]
+EVERY = [case for case in ALL if claimed(case) and needed(case)]
+CASES = [case for case in EVERY if case.model not in INNER]
+LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
+ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer"]
+IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
+IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
+
+
+def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", list(cases), ids=str)
+
+
+both_attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+
+
+def structure_policy(method: Method, newlines: str | None = None) -> str:
+    return newlines or method.newlines

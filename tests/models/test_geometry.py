@@ -1,0 +1,225 @@
+"""What the adapters say of a picture: how its tokens lie, which patches make them, which are newlines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from jeton.engine import watch
+from jeton.models import Encoder, VisionLanguage, adapt
+
+LANGUAGE = [name for name in tiny.BUILDERS if tiny.is_language(tiny.model(name))]
+ENCODERS = [name for name in tiny.BUILDERS if name not in LANGUAGE]
+
+
+def seen(name: str) -> VisionLanguage:
+    view = adapt(tiny.model(name))
+    assert isinstance(view, VisionLanguage)
+    return view
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_geometry_has_as_many_tokens_as_the_model_makes(name: str) -> None:
+    net, view = tiny.model(name), seen(name)
+    inputs = tiny.inputs_for(net)
+    for stream, method in view.streams().items():
+        own = _own(inputs, stream)
+        with torch.no_grad():
+            features = getattr(view.base, method)(**own).pooler_output
+        geometry = view.geometry(own, stream)
+        assert [len(item) for item in geometry] == [len(part) for part in features]
+
+
+def _own(inputs: tiny.Inputs, stream: str) -> tiny.Inputs:
+    """The arguments of the method that encodes one kind of picture."""
+    names = {"image": ("pixel_values", "image_sizes", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+    return {name: inputs[name] for name in names[stream] if name in inputs}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_patch_is_used_at_most_once_and_stands_inside_its_grid(name: str) -> None:
+    net, view = tiny.model(name), seen(name)
+    inputs = tiny.inputs_for(net)
+    for stream in view.streams():
+        for geometry in view.geometry(_own(inputs, stream), stream):
+            used = geometry.source[geometry.source >= 0]
+            assert len(used.unique()) == len(used) and int(used.max()) < geometry.patches
+            shown = geometry.unit >= 0
+            assert bool((geometry.row[shown] < geometry.height[shown]).all())
+            assert bool((geometry.col[shown] < geometry.width[shown]).all())
+            assert bool((geometry.source[~shown] < 0).all())
+            assert int(geometry.unit.max()) < len(geometry.kinds)
+
+
+def _numbered(count: int, side: int) -> Tensor:
+    """Features (count, side², 3) that say where they come from: picture, row, column."""
+    cells = torch.arange(side**2)
+    picture = torch.arange(count)[:, None].expand(-1, side**2)
+    return torch.stack([picture, (cells // side).expand(count, -1), (cells % side).expand(count, -1)], -1).float()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (40, 46), (20, 47), (48, 25), (16, 70), (30, 31), (10, 71), (48, 24)])
+def test_llava_next_crops_lie_where_the_model_packs_them(size: tuple[int, int]) -> None:
+    """The model's own packing of features that carry their address, against the geometry's addresses."""
+    net, view = tiny.model("LlavaNextForConditionalGeneration"), seen("LlavaNextForConditionalGeneration")
+    geometry = view.geometry({"pixel_values": None, "image_sizes": torch.tensor([size])}, "image")[0]
+    features = _numbered(len(geometry.kinds), 6)
+    newline = torch.tensor([-9.0, -9.0, -9.0])
+    packed, _ = net.model.pack_image_features([features], torch.tensor([size]), "default", image_newline=newline)
+    said = torch.stack([geometry.unit, geometry.row, geometry.col], 1).float()
+    said[geometry.unit < 0] = -9.0
+    assert torch.equal(packed[0], said)
+    patch = geometry.source[:, 0]
+    assert torch.equal(torch.where(patch < 0, -1, patch // 36), geometry.unit.clamp(min=-1))
+    rows, cols = int(geometry.crop_rows.max()), int(geometry.crop_cols.max())
+    crops = geometry.unit > 0
+    assert torch.equal(geometry.unit[crops], 1 + geometry.crop_row[crops] * cols + geometry.crop_col[crops])
+    assert len(geometry.kinds) == 1 + rows * cols and geometry.kinds[0] == "thumbnail"
+
+
+@torch.no_grad()
+def test_a_qwen_token_is_made_of_the_four_patches_it_names() -> None:
+    """Change one group of four patches in a model whose tower does not mix: one token changes, the named one."""
+    net = tiny.tiny_qwen2_5_vl()
+    for block in net.model.visual.blocks:
+        block.attn.proj.weight.zero_()
+    view = adapt(net)
+    inputs = _own(tiny.prompts(net, tiny.one_image(net)), "image")
+    geometry = view.geometry(inputs, "image")[0]
+    before = net.model.get_image_features(**inputs).pooler_output[0]
+    for token in (0, 5, 13, 23):
+        pixels = inputs["pixel_values"].clone()
+        pixels[geometry.source[token]] += 1
+        after = net.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output[0]
+        assert (after - before).abs().amax(1).gt(1e-4).nonzero().flatten().tolist() == [token]
+    t, h, w = (inputs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
+    assert torch.equal(geometry.row * w + geometry.col, torch.arange(t * h * w))
+
+
+def test_qwen_video_frames_are_units() -> None:
+    net, view = tiny.model("Qwen2_5_VLForConditionalGeneration"), seen("Qwen2_5_VLForConditionalGeneration")
+    geometry = view.geometry({"video_grid_thw": torch.tensor([[3, 4, 6]])}, "video")[0]
+    assert geometry.kinds == ("frame",) * 3 and geometry.unit.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert net.config.video_token_id == tiny.VIDEO
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_feature_block_is_the_one_whose_output_the_model_hands_on(name: str) -> None:
+    """Zero the attention and MLP outputs after it: the image features do not change; at it: they do."""
+    net = tiny.BUILDERS[name]()
+    view = adapt(net)
+    inputs = tiny.inputs_for(net)
+    stream, method = next(iter(view.streams().items()))
+
+    def features() -> Tensor:
+        with torch.no_grad():
+            return torch.cat(list(getattr(view.base, method)(**_own(inputs, stream)).pooler_output))
+
+    before = features()
+    for number in range(len(view.encoder.blocks) - 1, view.feature_block, -1):
+        _silence(view.encoder.blocks[number])
+    assert torch.equal(features(), before)
+    _silence(view.encoder.blocks[view.feature_block])
+    assert not torch.equal(features(), before)
+
+
+@torch.no_grad()
+def _silence(block: torch.nn.Module) -> None:
+    for weight in block.parameters():
+        weight.zero_()
+
+
+# -- encoders --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])
+def test_parts_put_together_are_the_block(name: str) -> None:
+    """x + drop1(scale1(attention(norm1(x)))), then the same with the MLP, is what the model's block computes."""
+    view = adapt(tiny.model(name))
+    assert isinstance(view, Encoder)
+    x = torch.randn(2, 9, 32)
+    for block in view.blocks:
+        parts = view.parts(block)
+        mixed = (
+            parts.attention(parts.norm1(x), attention_mask=None)
+            if "iglip" in name or "CLIP" in name
+            else parts.attention(parts.norm1(x))
+        )
+        mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+        mine = x + parts.drop1(parts.scale1(mixed))
+        mine = mine + parts.drop2(parts.scale2(parts.mlp(parts.norm2(mine))))
+        own = block(x, attention_mask=None) if "iglip" in name or "CLIP" in name else block(x)
+        own = own[0] if isinstance(own, tuple) else own
+        assert torch.allclose(mine, own, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])
+def test_special_tokens_and_patches_add_up(name: str) -> None:
+    net = tiny.model(name)
+    view = adapt(net)
+    assert isinstance(view, Encoder)
+    inputs = tiny.inputs_for(net)
+    with torch.no_grad():
+        hidden = net(**inputs).last_hidden_state
+    mask = view.token_mask(inputs)
+    patches = [len(item) for item in view.geometry(inputs)]
+    real = [hidden.shape[1] - view.prefix] * 3 if mask is None else mask.sum(1).tolist()
+    assert patches == real
+    prefixes = {"DeiTModel": 2, "Dinov2WithRegistersModel": 4, "SiglipVisionModel": 0, "Siglip2VisionModel": 0}
+    assert view.prefix == prefixes.get(name, 1) and view.has_class == (view.prefix > 0)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "Dinov2ForImageClassification"])
+def test_an_encoder_with_a_head_on_top_is_found(name: str) -> None:
+    import transformers
+
+    configs = {
+        "ViTForImageClassification": lambda: transformers.ViTConfig(**tiny.vision()),
+        "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(**tiny.vision()),
+        "CLIPModel": lambda: transformers.CLIPConfig(
+            vision_config=tiny.vision(),
+            text_config={
+                "num_hidden_layers": 1,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "intermediate_size": 32,
+                "vocab_size": 50,
+            },
+        ),
+    }
+    net = tiny.ready(getattr(transformers, name)(configs[name]()))
+    pixels = torch.randn(2, 3, 28, 28)
+    call = net.get_image_features if name == "CLIPModel" else net
+    from jeton.engine import apply
+
+    with torch.no_grad():
+        before = _first(call(pixel_values=pixels))
+        with watch(net):
+            assert torch.equal(_first(call(pixel_values=pixels)), before)
+        with apply(net, "tome", keep=0.5) as run:
+            assert not torch.equal(_first(call(pixel_values=pixels)), before)
+            assert [image.after for image in run.report().images] == [24, 24]
+        assert torch.equal(_first(call(pixel_values=pixels)), before)
+
+
+def _first(output: object) -> Tensor:
+    for name in ("logits", "pooler_output"):
+        value = getattr(output, name, None)
+        if value is not None:
+            return value
+    assert isinstance(output, Tensor)
+    return output
+
+
+def test_llava_that_hands_its_class_token_on_is_refused() -> None:
+    import jeton
+    from jeton.engine import apply
+
+    net = tiny.tiny_llava()
+    net.config.vision_feature_select_strategy = "full"
+    inputs = tiny.prompts(net, [tiny.Sample(((),), (2, 2), 1)])
+    with pytest.raises(jeton.Unsupported, match="class token"), apply(net, "random", keep=0.3):
+        tiny.run(net, inputs)

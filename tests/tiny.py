@@ -1,0 +1,369 @@
+"""Tiny models of the real transformers classes, with random weights, and inputs for them. Nothing is downloaded.
+
+Weights are drawn with a standard deviation of 0.2: with the usual 0.02 a wrong variant differs from the right one by next to
+nothing, and a test that compares them says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+PAD, IMAGE, VIDEO, WORDS, VOCABULARY = 0, 3, 4, 10, 100  # token ids; words begin at WORDS
+SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
+Inputs = dict[str, Any]
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def ready(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights that matter, evaluation mode, and a generation that does not stop before it is told to."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                weight.copy_(1 + 0.1 * noise)
+            else:
+                weight.copy_((0.02 if name.endswith("bias") else 0.2) * noise)
+        if hasattr(model, "lm_head"):
+            model.lm_head.weight[:WORDS] = 0  # never the likeliest: an answer with image tokens in it could not be recomputed
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id, generation.pad_token_id, generation.bos_token_id = None, PAD, 1
+    return model.eval()
+
+
+def vision(**more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+    return {**sizes, "image_size": SIDE * PATCH, "patch_size": PATCH, **more}
+
+
+def _text() -> dict[str, Any]:
+    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 4}
+    return {
+        **sizes,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def tiny_clip(**more: Any) -> nn.Module:
+    return ready(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision(**more))))
+
+
+def tiny_clip_with_projection() -> nn.Module:
+    return ready(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision(projection_dim=16))))
+
+
+def tiny_siglip(**more: Any) -> nn.Module:
+    return ready(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision(**more))))
+
+
+def tiny_siglip2() -> nn.Module:
+    config = {name: value for name, value in vision().items() if name != "image_size"}
+    return ready(transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**config, num_patches=SIDE**2)))
+
+
+def tiny_vit(**more: Any) -> nn.Module:
+    return ready(transformers.ViTModel(transformers.ViTConfig(**vision(**more))))
+
+
+def tiny_deit() -> nn.Module:
+    return ready(transformers.DeiTModel(transformers.DeiTConfig(**vision())))
+
+
+def tiny_dinov2() -> nn.Module:
+    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2))))
+
+
+def tiny_dinov2_registers() -> nn.Module:
+    config = transformers.Dinov2WithRegistersConfig(**vision(mlp_ratio=2, num_register_tokens=3))
+    return ready(transformers.Dinov2WithRegistersModel(config))
+
+
+def tiny_llava(siglip: bool = False, side: int = SIDE) -> nn.Module:
+    """LLaVA-1.5; with a SigLIP encoder it has no class token and hands on the last block's output, all of it."""
+    tower = transformers.SiglipVisionConfig if siglip else transformers.CLIPVisionConfig
+    config = transformers.LlavaConfig(
+        vision_config=tower(**vision(image_size=side * PATCH)),
+        text_config=transformers.LlamaConfig(**_text(), max_position_embeddings=1024),
+        image_token_id=IMAGE,
+        image_seq_length=side**2,
+        vision_feature_layer=-1 if siglip else -2,
+        vision_feature_select_strategy="full" if siglip else "default",
+    )
+    return ready(transformers.LlavaForConditionalGeneration(config))
+
+
+def tiny_llava_next() -> nn.Module:
+    """LLaVA-NeXT: crops of 6 x 6 patches, up to 2 x 2 or 1 x 3 of them."""
+    side = 24
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision(image_size=side)),
+        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [side, 3 * side]],
+        vision_feature_layer=-2,
+    )
+    return ready(transformers.LlavaNextForConditionalGeneration(config))
+
+
+def tiny_qwen2_5_vl() -> nn.Module:
+    tower = {"depth": 5, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 64}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config={**tower, "window_size": 4 * PATCH, "fullatt_block_indexes": [1, 4]},
+        text_config={
+            **_text(),
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=5,
+        vision_end_token_id=6,
+    )
+    return ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def tiny_qwen_tower() -> nn.Module:
+    return ready(Qwen2_5_VisionTransformerPretrainedModel(tiny_qwen2_5_vl().config.vision_config))
+
+
+# one builder for each class name an adapter is registered under; several for one class where variants matter
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "CLIPVisionModel": tiny_clip,
+    "CLIPVisionModelWithProjection": tiny_clip_with_projection,
+    "SiglipVisionModel": tiny_siglip,
+    "Siglip2VisionModel": tiny_siglip2,
+    "ViTModel": tiny_vit,
+    "DeiTModel": tiny_deit,
+    "Dinov2Model": tiny_dinov2,
+    "Dinov2WithRegistersModel": tiny_dinov2_registers,
+    "Qwen2_5_VisionTransformerPretrainedModel": tiny_qwen_tower,
+    "LlavaForConditionalGeneration": tiny_llava,
+    "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
+    "LlavaModel": lambda: tiny_llava().model,
+    "LlavaNextForConditionalGeneration": tiny_llava_next,
+    "LlavaNextModel": lambda: tiny_llava_next().model,
+    "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
+    "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
+}
+
+
+@lru_cache(maxsize=64)
+def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
+    made = BUILDERS[name]()
+    made.set_attn_implementation(attention)
+    return made.to(dtype)
+
+
+# -- prompts for vision-language models ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt. `images` are sizes in the family's own terms: () for LLaVA, (height, width) in pixels for LLaVA-NeXT, a grid
+    (time, height, width) of patches for Qwen, where time above 1 is a video. `text` are the lengths of the runs of text before,
+    between and after them. The same seed gives the same pixels and words, alone or in a batch."""
+
+    images: tuple[tuple[int, ...], ...]
+    text: tuple[int, ...]
+    seed: int
+
+
+def samples(net: nn.Module) -> list[Sample]:
+    """Three prompts of different lengths: one image; two of different shapes; one that is small or a video."""
+    shapes: dict[str, list[tuple[tuple[int, ...], ...]]] = {
+        "llava": [((),), ((), ()), ((),)],
+        "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
+        "qwen2_5_vl": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
+    }
+    one, two, three = shapes[net.config.model_type]
+    return [Sample(one, (4, 9), 1), Sample(two, (2, 3, 5), 2), Sample(three, (1, 6), 3)]
+
+
+def one_image(net: nn.Module) -> list[Sample]:
+    return samples(net)[:1]
+
+
+def prompts(net: nn.Module, chosen: Sequence[Sample] | None = None) -> Inputs:
+    """Inputs of a batch of prompts, padded on the left; all three of `samples` if not given."""
+    chosen = samples(net) if chosen is None else chosen
+    singles = [_single(net, sample) for sample in chosen]
+    longest = max(single["input_ids"].shape[1] for single in singles)
+    batch: Inputs = {}
+    for name in dict.fromkeys(name for single in singles for name in single):
+        parts = [single[name] for single in singles if name in single]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            parts = [nn.functional.pad(part, (longest - part.shape[1], 0), value=PAD) for part in parts]
+        if name == "pixel_values" and parts[0].dim() == 5:
+            crops = max(part.shape[1] for part in parts)
+            parts = [nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, crops - part.shape[1])) for part in parts]
+        batch[name] = torch.cat(parts)
+    return batch
+
+
+def words(length: int, seed: int) -> Tensor:
+    """(1, length) text tokens."""
+    return torch.randint(WORDS, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text_only(net: nn.Module, length: int = 9, batch: int = 2) -> Inputs:
+    ids = torch.cat([words(length, seed) for seed in range(batch)])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def positions(net: nn.Module, inputs: Inputs) -> Tensor:
+    """Position ids as `generate` counts them: from the first real token. (B, L), or (3, B, L) for Qwen."""
+    base = getattr(net, "model", net)
+    if hasattr(base, "get_rope_index"):
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
+        return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
+def extended(inputs: Inputs, new: Tensor) -> Inputs:
+    """The same prompts with more text behind."""
+    more = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new], 1)}
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            more[name] = nn.functional.pad(inputs[name], (0, new.shape[1]), value=value)
+    return more
+
+
+def _single(net: nn.Module, sample: Sample) -> Inputs:
+    generator = torch.Generator().manual_seed(100 + sample.seed)
+    pictures = {"llava": _llava_pictures, "llava_next": _next_pictures, "qwen2_5_vl": _qwen_pictures}[net.config.model_type]
+    pixels, counts, marks = pictures(net, sample.images, generator)
+    runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
+    parts = [runs[0]]
+    for count, mark, run in zip(counts, marks, runs[1:], strict=True):
+        parts += [torch.full((count,), mark), run]
+    ids = torch.cat(parts)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    if net.config.model_type == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    return inputs
+
+
+def _llava_pictures(
+    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[Inputs, list[int], list[int]]:
+    config = net.config.vision_config
+    pixels = torch.randn(len(images), 3, config.image_size, config.image_size, generator=generator)
+    count = (config.image_size // config.patch_size) ** 2
+    return {"pixel_values": pixels}, [count] * len(images), [IMAGE] * len(images)
+
+
+def _next_pictures(
+    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[Inputs, list[int], list[int]]:
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = net.config.vision_config.image_size
+    crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
+    pixels = torch.zeros(len(images), max(crops), 3, side, side)
+    for image, count in enumerate(crops):
+        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(images)}
+    base = getattr(net, "model", net)
+    with torch.no_grad():
+        dtype = next(net.parameters()).dtype
+        features = base.get_image_features(pixels.to(dtype), inputs["image_sizes"]).pooler_output
+    return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
+
+
+def _qwen_pictures(
+    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[Inputs, list[int], list[int]]:
+    width = 3 * 2 * PATCH * PATCH
+    kinds: dict[str, list[tuple[int, ...]]] = {"image": [], "video": []}
+    pixels: dict[str, list[Tensor]] = {"image": [], "video": []}
+    marks = []
+    for t, h, w in images:
+        kind = "image" if t == 1 else "video"
+        kinds[kind].append((t, h, w))
+        pixels[kind].append(torch.randn(t * h * w, width, generator=generator))
+        marks.append(IMAGE if t == 1 else VIDEO)
+    inputs: Inputs = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if kinds[kind]:
+            inputs[name] = torch.cat(pixels[kind])
+            inputs[f"{kind}_grid_thw"] = torch.tensor(kinds[kind])
+    return inputs, [t * h * w // 4 for t, h, w in images], marks
+
+
+# -- pictures for encoders alone -----------------------------------------------------------------------------------------
+
+
+def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
+    """Inputs of an encoder that stands alone. SigLIP2 gets pictures of different shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    if net.config.model_type == "siglip2_vision_model":
+        shapes = [(7, 7), (4, 9), (6, 5)][:batch]
+        mask = torch.zeros(len(shapes), SIDE**2, dtype=torch.long)
+        for row, (h, w) in enumerate(shapes):
+            mask[row, : h * w] = 1
+        patches = torch.randn(len(shapes), SIDE**2, 3 * PATCH**2, generator=generator) * mask[..., None]
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
+    if net.config.model_type.startswith("qwen2_5_vl"):
+        grid = torch.tensor([(1, 8, 12), (1, 6, 6), (2, 6, 8)][:batch])
+        return {"hidden_states": torch.randn(int(grid.prod(1).sum()), 6 * PATCH**2, generator=generator), "grid_thw": grid}
+    size = net.config.image_size
+    return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
+
+
+def row(inputs: Inputs, at: int) -> Inputs:
+    """One picture of a batch for an encoder."""
+    return {name: value[at : at + 1] for name, value in inputs.items()}
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def is_language(net: nn.Module) -> bool:
+    return hasattr(getattr(net, "model", net), "language_model")
+
+
+def inputs_for(net: nn.Module) -> Inputs:
+    """The full batch: three prompts, or three pictures. Copy a tensor before you change it."""
+    if net not in _INPUTS:
+        made = prompts(net) if is_language(net) else pictures(net)
+        _INPUTS[net] = cast(made, next(net.parameters()).dtype)
+    return dict(_INPUTS[net])
+
+
+_INPUTS: WeakKeyDictionary[nn.Module, Inputs] = WeakKeyDictionary()
+
+
+def real(net: nn.Module, inputs: Inputs) -> Tensor:
+    """(B, N) true where the model's output (see `run`) is about something; SigLIP2 pads its pictures on the right."""
+    if is_language(net):
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    if "pixel_attention_mask" in inputs:
+        return inputs["pixel_attention_mask"].bool()
+    return torch.ones(run(net, inputs).shape[:2], dtype=torch.bool)
+
+
+@torch.no_grad()
+def run(net: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
+    """The output that matters: logits, or the last hidden state."""
+    output = net(**inputs, **more)
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
