@@ -121,8 +121,8 @@ class TextAttention(Need):
     language-model layer, after softmax over all keys. None means the layer before the one the method stands in front of.
 
     Raters are the text tokens whose relevance to the image is above the mean: the softmax over this text of V Tᵀ, averaged over
-    the visual tokens, from the embeddings at the entrance. Where none is, all are; where no text follows, the prompt's last
-    token is."""
+    the visual tokens, from the embeddings at the entrance. Where none is, all are; where no text follows, the last token that is
+    left of the prompt is."""
 
 
 @dataclass(frozen=True)

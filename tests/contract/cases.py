@@ -96,6 +96,7 @@ INNER = ("LlavaModel", "LlavaNextModel", "Qwen2_5_VLModel", "CLIPVisionModelWith
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
 REFUSED = [case for case in ALL if not claimed(case)]
 EVERY = [case for case in ALL if claimed(case) and needed(case)]
+REDUCIBLE = [model for model in tiny.BUILDERS if any(case.model == model for case in EVERY)]
 CASES = [case for case in EVERY if case.model not in INNER]
 LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]

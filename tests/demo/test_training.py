@@ -7,7 +7,7 @@ import torch
 
 from jeton.demo import train as training
 from jeton.demo.batches import Batches
-from jeton.demo.losses import Teacher, look_loss, losses, read_block_attention
+from jeton.demo.losses import Teacher, look_loss, losses, point_loss, read_block_attention
 from jeton.demo.model import make_model, make_tokenizer
 
 
@@ -75,6 +75,26 @@ def test_look_loss_is_least_when_every_digit_gets_an_equal_share():
     owner = torch.tensor([[0, 0, 1, -1, -2]])
     even, uneven, away = torch.tensor([[[0.3, 0.2, 0.5, 0, 0]], [[0.5, 0.4, 0.1, 0, 0]], [[0.1, 0.1, 0.2, 0.3, 0.3]]])
     assert look_loss(even, owner) < look_loss(uneven, owner) < look_loss(away, owner)
+
+
+def test_pointing_is_judged_by_the_attention_the_language_model_computes():
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer).eval()
+    model.set_attn_implementation("eager")
+    batch = next(Batches(tokenizer, 2, seed=0))
+    assert (batch.asked >= 0).any(1).all()
+    embeds = model.get_input_embeddings()(batch.ids)
+    seen = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch.attended, output_hidden_states=True, output_attentions=True
+    )
+    attention, patches = seen.attentions[2].mean(1), batch.ids == model.config.image_token_id
+    rows, columns = (batch.asked >= 0).nonzero(as_tuple=True)
+    mass = [
+        attention[row, column, patches[row]][batch.owner[row] == batch.asked[row, column]].sum()
+        for row, column in zip(rows, columns, strict=True)
+    ]
+    expected = -(torch.stack(mass) + 1e-6).log().mean()
+    torch.testing.assert_close(point_loss(model, seen.hidden_states[2], batch), expected)
 
 
 def test_answers_are_the_only_text_that_is_learned():

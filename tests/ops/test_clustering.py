@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
+from by_hand import dpc_knn as by_hand
 from jeton.ops.clustering import dpc_knn
-
-
-def by_hand(x: Tensor, clusters: int, neighbours: int) -> list[int]:
-    n, d = x.shape
-    far = [[math.dist(x[i].tolist(), x[j].tolist()) / d**0.5 for j in range(n)] for i in range(n)]
-    density = [math.exp(-sum(v * v for v in sorted(row)[:neighbours]) / min(n, neighbours)) for row in far]
-    top = max(max(row) for row in far)
-    height = [
-        min([far[i][j] for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)], default=top)
-        for i in range(n)
-    ]
-    centres = sorted(range(n), key=lambda i: (-density[i] * height[i], i))[:clusters]
-    return [i if i in centres else min(sorted(centres), key=lambda c: far[i][c]) for i in range(n)]
 
 
 @pytest.mark.parametrize(("clusters", "neighbours"), [(1, 1), (3, 3), (5, 2), (12, 5)])

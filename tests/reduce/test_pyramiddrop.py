@@ -113,3 +113,19 @@ def test_compact_positions_are_renumbered_at_every_stage(positions):
         cos, _ = adapt(net).rotary(layer["hidden"], ids)
         same.append(torch.allclose(cos, layer["rotary"][0], atol=1e-6))
     assert same == [True] * 4 if positions == "compact" else same == [True, False, False, False]
+
+
+@pytest.mark.parametrize("spec", ["pyramiddrop(keep=7)", "fastv(layer=1, keep=0.6) | pyramiddrop(layers=(2, 3), keep=0.3)"])
+def test_images_of_different_lengths_follow_their_own_plans(spec):
+    """Also where another method has taken tokens before, and where one prompt of the batch loses nothing at a stage."""
+    net = tiny.model("Qwen2_5_VLForConditionalGeneration")
+    chosen = tiny.samples(net)
+    together = tiny.prompts(net, chosen)
+    with apply(net, spec) as run:
+        batch = tiny.run(net, {**together, "position_ids": tiny.positions(net, together)})[:, -1]
+        counts = [image.after for image in run.report().images]
+        for number, sample in enumerate(chosen):
+            alone = tiny.prompts(net, [sample])
+            single = tiny.run(net, {**alone, "position_ids": tiny.positions(net, alone)})[0, -1]
+            assert (batch[number] - single).abs().max() < 1e-4 * single.abs().max()
+    assert counts == ([7, 7, 7, 7] if "|" not in spec else [4, 2, 2, 4])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_clustering import by_hand
 
 import tiny
+from by_hand import dpc_knn as by_hand
 from in_layers import Looking, eager, images
 from jeton.engine import apply
 from jeton.method import TextAttention, get
@@ -174,12 +174,11 @@ def test_there_is_always_a_rater(text, equal):
     inputs = tiny.prompts(net, [tiny.Sample(((),), text, 5)])
     if equal and text[1]:
         inputs["input_ids"][:, -text[1] :] = tiny.WORDS
-    look = Looking(2, attention=TextAttention())
-    with apply(net, look | get("sparsevlm", keep=5)):
+    look, later = (Looking(layer, attention=TextAttention()) for layer in (1, 3))
+    with apply(net, look | get("sparsevlm", keep=5) | later):
         assert tiny.run(net, inputs).isfinite().all()
-    assert (look.heard["attention"].sum(1) > 0).all()
-    if not equal:
-        assert (look.heard["attention"][0] - rated(net, inputs, 1)[0]).abs().max() < CLOSE
+    assert (look.heard["attention"].sum(1) > 0).all() and (later.heard["attention"].sum(1) > 0).all()
+    assert (look.heard["attention"][0] - rated(net, inputs, 0, everyone=equal)[0]).abs().max() < CLOSE
 
 
 def test_long_texts_are_rated_a_slab_at_a_time():

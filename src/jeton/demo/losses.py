@@ -124,7 +124,7 @@ def look_loss(attention: Tensor, owner: Tensor) -> Tensor:
     return -(mass[present] + 1e-6).log().mean()
 
 
-def _point_loss(model: LlavaForConditionalGeneration, entering: Tensor, batch: Batch) -> Tensor:
+def point_loss(model: LlavaForConditionalGeneration, entering: Tensor, batch: Batch) -> Tensor:
     """-log of the attention mass that the last position of a question puts on the patches of the digit it is about.
 
     Computed beside the forward pass from the states (B, T, C) entering the layer: fast attention stays on.
@@ -155,7 +155,7 @@ def _answer_losses(model: LlavaForConditionalGeneration, projected: Tensor, batc
     target = batch.labels[:, 1:]
     learned = target != -100
     answers = F.cross_entropy(model.lm_head(states[:, :-1][learned]), target[learned])
-    return answers, _point_loss(model, output.hidden_states[_POINT_LAYER], batch)
+    return answers, point_loss(model, output.hidden_states[_POINT_LAYER], batch)
 
 
 def losses(model: LlavaForConditionalGeneration, teacher: Teacher, batch: Batch, see: bool, speak: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from jeton.demo.data import COLOURS, NUMBERS, SIZE, Digit
 
 KINDS = ("digit", "colour", "count", "position")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-_CLEAR_OF_MIDDLE = 6  # pixels; nearer to a midline "left" and "right" would be a matter of taste
+_CLEAR_OF_MIDDLE = 10  # pixels, half a digit; nearer to a midline "left" and "right" would be a matter of taste
 
 
 class Question(NamedTuple):

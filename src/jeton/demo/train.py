@@ -51,9 +51,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("encoder", see=True, speak=False, steps=2000, rate=2.5e-3, batch=12),
-    Stage("language", see=False, speak=True, steps=1400, rate=2e-3, batch=12),
-    Stage("joint", see=True, speak=True, steps=800, rate=5e-4, batch=12),
+    Stage("encoder", see=True, speak=False, steps=2400, rate=2.5e-3, batch=12),
+    Stage("language", see=False, speak=True, steps=1200, rate=2e-3, batch=12),
+    Stage("joint", see=True, speak=True, steps=2600, rate=7e-4, batch=12),
 )
 
 

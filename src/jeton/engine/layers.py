@@ -164,7 +164,7 @@ class LayerSite:
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
-                self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"), prompt.last)
+                self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
@@ -277,7 +277,7 @@ class _Listener:
         with prompt.run.clock.measure("selection"):
             if self.site.raters is not None and TextAttention in self.kinds:
                 cut = None if self.site.stage is None else self.site.stage.cut
-                self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, cut)[:, past:]
+                self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
             if LastAttention not in self.kinds:
                 return
             if prompt.last is None:

@@ -16,8 +16,8 @@ from .prompt import padded
 
 @dataclass(frozen=True)
 class Raters:
-    """Over the columns that came through the entrance: text (B, L) true where a row may be asked for, at most `most` of a prompt;
-    weight (R, L) what each column counts in the mean over an image's raters. sample (R,): the prompt of each image."""
+    """Over the columns that came through the entrance: text (B, L) true at text tokens, at most `most` of a prompt; weight (R, L)
+    what each counts in the mean over an image's raters. sample (R,): the prompt of each image."""
 
     text: Tensor
     weight: Tensor
@@ -25,7 +25,7 @@ class Raters:
     most: int
 
     @classmethod
-    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, last: Tensor | None) -> Raters:
+    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None) -> Raters:
         """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
@@ -36,27 +36,29 @@ class Raters:
         text = text[:-1].view(batch, length)
         if mask is not None and mask.dim() == 2:
             text = text & mask[:, -length:].bool()
-        final = here == (length - 1 if last is None else last[:, None])
         sample = torch.tensor(layout.sample, device=device)
         image = (flow.columns % length).masked_fill(flow.columns == end, -1).amax(1, keepdim=True)
         behind = text[sample] & (here > image)
-        behind = torch.where(behind.any(1, keepdim=True), behind, final.expand(batch, -1)[sample])
-        text = text | final
         shown = [0] * batch
         for number, count in zip(layout.sample, layout.album.counts, strict=True):
             shown[number] += count
-        most = min(length, layout.length - min(shown) + 1)
+        most = min(length, layout.length - min(shown))
         return cls(text, _weights(flow, embeds, behind, _first(text, most)[sample]), sample, most)
 
-    def attention(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, cut: Cut | None) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, flow: Flow, cut: Cut | None) -> Tensor:
         """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads and raters, a slab of text at
-        a time."""
+        a time. An image without text behind it is rated by the last token that is left of its prompt."""
         text, weight = self.text, self.weight
         if cut is not None:
             text, weight = text.gather(1, cut.index), weight.gather(1, cut.index[self.sample])
             text = text if cut.valid is None else text & cut.valid
+        left = torch.nn.functional.pad(text.flatten(), (0, 1)).index_fill(0, flow.at.flatten(), True)[:-1].view_as(text)
+        last = text.shape[1] - 1 - left.flip(1).to(torch.uint8).argmax(1, keepdim=True)
         columns = _first(text, self.most)
-        real, weight = text.gather(1, columns), weight.gather(1, columns[self.sample])
+        real = torch.nn.functional.pad(text.gather(1, columns), (0, 1), value=True)
+        weight = weight.gather(1, columns[self.sample])
+        weight = torch.cat([weight, (weight.sum(1, keepdim=True) == 0).float()], 1)
+        columns = torch.cat([columns, last], 1)
         everyone = torch.arange(query.shape[0], device=query.device)
         past, out = key.shape[2] - query.shape[2], torch.zeros(weight.shape[0], key.shape[2], device=query.device)
         for start in range(0, columns.shape[1], SLAB):
@@ -87,5 +89,5 @@ def _weights(flow: Flow, embeds: Tensor, behind: Tensor, columns: Tensor) -> Ten
     mean = relevance.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
     above = valid & (relevance > mean)
     above = torch.where(above.any(1, keepdim=True), above, valid)
-    share = above.float() / above.sum(1, keepdim=True)
+    share = above.float() / above.sum(1, keepdim=True).clamp(min=1)
     return torch.zeros(behind.shape, device=embeds.device).scatter(1, columns, share)

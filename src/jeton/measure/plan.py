@@ -27,6 +27,12 @@ class Case:
     def spec(self) -> str:
         return self.method.spec if self.method is not None else "full"
 
+    def drawn(self, number: int) -> Method | None:
+        """The method for batch `number`. One that draws at random draws anew, so that no row rests on a single draw."""
+        if self.method is None or not hasattr(self.method, "seed"):
+            return self.method
+        return dataclasses.replace(self.method, seed=self.method.seed + number)  # type: ignore[type-var]
+
 
 FULL = Case("full", None)
 

@@ -20,11 +20,10 @@ class Trial:
     def __init__(self, speaker: Speaker, max_new_tokens: int, second_turn: bool = True) -> None:
         self.speaker, self.max_new_tokens, self.second_turn = speaker, max_new_tokens, second_turn
 
-    def attach(self, case: Case) -> engine.Run:
-        """The engine's run of a case on the model; of the full model it only counts."""
-        if case.method is None:
-            return engine.watch(self.speaker.model)
-        return engine.apply(self.speaker.model, case.method)
+    def attach(self, case: Case, batch: int = 0) -> engine.Run:
+        """The engine's run of a case on the model for one batch; of the full model it only counts."""
+        method = case.drawn(batch)
+        return engine.watch(self.speaker.model) if method is None else engine.apply(self.speaker.model, method)
 
     def warm_up(self, questions: Sequence[Question]) -> int:
         """Run the full model once; the visual tokens of its largest image."""
@@ -39,7 +38,7 @@ class Trial:
         A method that the model lacks something for, or that cannot reach its budget on it, leaves its reason.
         """
         try:
-            with self.attach(tally.case) as run:
+            with self.attach(tally.case, len(tally.sizes)) as run:
                 turn = self.speaker.ask(inputs, self.max_new_tokens)
                 _count(tally, run.report(), len(batch))
                 second = self._second(turn, batch, after)
