@@ -60,9 +60,7 @@ def test_divprune_hand_case_and_scale():
     scaled = x * torch.rand(2, 60, 1).add(0.1).log2().round().exp2()
     assert torch.equal(get("divprune", keep=9).reduce(Tokens(x)).index, get("divprune", keep=9).reduce(Tokens(scaled)).index)
     shifted = x + 3  # the twin: a shift is not a scale
-    assert not torch.equal(
-        get("divprune", keep=9).reduce(Tokens(x)).index, get("divprune", keep=9).reduce(Tokens(shifted)).index
-    )
+    assert not torch.equal(get("divprune", keep=9).reduce(Tokens(x)).index, get("divprune", keep=9).reduce(Tokens(shifted)).index)
 
 
 def test_divprune_keeps_56_of_576_by_default():

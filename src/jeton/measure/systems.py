@@ -28,6 +28,9 @@ _SIGNALS = {
     "ReceivedAttention": "the attention each token receives",
     "Keys": "attention keys",
     "LastAttention": "the attention of the prompt's last token",
+    "TextAttention": "the attention of the words that matter for the image",
+    "VisualAttention": "the attention visual tokens receive from each other",
+    "LayerKeys": "attention keys of a language-model layer",
 }
 
 
