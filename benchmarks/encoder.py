@@ -47,6 +47,7 @@ class Row:
     method: str
     keep: int | float
     tokens: tuple[float, ...]
+    before: float
     after: float
     flops_share: float
     ideal: float
@@ -100,6 +101,7 @@ def measure(shape: str, net: nn.Module, pixels: Tensor, method: Method, keep: in
         method=method.spec,
         keep=keep,
         tokens=report.encoder_tokens,
+        before=sum(image.before for image in report.images) / len(report.images),
         after=sum(image.after for image in report.images) / len(report.images),
         flops_share=report.flops_share,
         ideal=ideal,
@@ -116,7 +118,7 @@ def measure(shape: str, net: nn.Module, pixels: Tensor, method: Method, keep: in
 def line(row: Row) -> list[str]:
     return [
         row.method,
-        f"{row.tokens[0]:.0f} > {row.after:.0f}",
+        f"{row.before:.0f} > {row.after:.0f}",
         f"{row.flops_share:.3f}",
         milliseconds(row.full),
         milliseconds(row.reduced),

@@ -249,7 +249,7 @@ def extended(inputs: Inputs, new: Tensor) -> Inputs:
 def _single(net: nn.Module, sample: Sample) -> Inputs:
     generator = torch.Generator().manual_seed(100 + sample.seed)
     pictures = {"llava": _llava_pictures, "llava_next": _next_pictures, "qwen2_5_vl": _qwen_pictures}[net.config.model_type]
-    pixels, counts, marks = pictures(net, sample.images, generator)
+    pixels, counts, marks = pictures(net, sample.images, generator) if sample.images else ({}, [], [])
     runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
     parts = [runs[0]]
     for count, mark, run in zip(counts, marks, runs[1:], strict=True):

@@ -74,6 +74,27 @@ def scattered(seen: Seen, at: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return embeds[:, :length], mask[:, :length]
 
 
+def layer_columns(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> Tensor:
+    """(B, n) which column of the whole prompt each column in front of `layer` is, by its rotary embedding; -1 for padding."""
+    here, there = (torch.cat(each.layers[layer]["rotary"], -1) for each in (seen, whole))
+    batch = inputs["input_ids"].shape[0]
+    real = inputs["attention_mask"].bool()
+    at = match(here.expand(batch, -1, -1), there.expand(batch, -1, -1).masked_fill(~real[..., None], torch.nan))
+    mask = seen.layers[layer]["mask"]
+    if mask is None:
+        return at
+    last = mask[:, 0, -1].expand(batch, -1)
+    return torch.where(last if last.dtype == torch.bool else last == 0, at, -1)
+
+
+def kept_at(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> Tensor:
+    """(B, L) the columns of the whole prompt that entered `layer`."""
+    batch, length = inputs["input_ids"].shape
+    at = layer_columns(seen, whole, layer, inputs)
+    kept = torch.zeros(batch, length + 1, dtype=torch.bool)
+    return kept.scatter(1, torch.where(at < 0, length, at), True)[:, :length]
+
+
 # -- the language model alone, with a mask instead of a reduction --------------------------------------------------------------
 
 

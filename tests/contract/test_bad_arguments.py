@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LANGUAGE, LANGUAGE_CASES, Case, each
+from references import generated
 from witness import snapshot
 
 import jeton
@@ -137,3 +138,35 @@ def test_features_given_as_embeddings_are_left_alone_and_the_report_says_so(name
     with apply(net, "random", keep=0.3) as run:
         assert torch.equal(tiny.run(net, given), before)
         assert run.report().note and not run.report().applied
+
+
+@pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "divprune(keep=0.3)", "tome(keep=0.3)", "fastv(keep=0.3)"])
+def test_a_prompt_in_chunks_is_reduced_or_refused_or_left_alone_never_half_reduced(spec: str) -> None:
+    net = tiny.model(LANGUAGE[0])
+    inputs = tiny.inputs_for(net)
+    how = {"max_new_tokens": 6, "prefill_chunk_size": 16}
+    whole, words = generated(net, inputs, max_new_tokens=6).sequences, inputs["input_ids"].shape[1]
+    with apply(net, spec) as run:
+        reduced = generated(net, inputs, max_new_tokens=6).sequences
+        try:
+            answer = generated(net, inputs, **how).sequences
+        except ValueError as refusal:
+            assert "chunk" in str(refusal) or "input_ids" in str(refusal)
+            return
+        applied = run.report().applied
+    assert torch.equal(answer[:, words:], (reduced if applied else whole)[:, words:])
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "divprune(keep=0.3)", "fastv(keep=0.3)"])
+def test_a_static_cache_works_or_is_refused_with_a_sentence(name: str, spec: str) -> None:
+    net = tiny.model(name)
+    inputs = tiny.inputs_for(net)
+    with apply(net, spec):
+        usual = generated(net, inputs, max_new_tokens=6).sequences
+        try:
+            static = generated(net, inputs, max_new_tokens=6, cache_implementation="static").sequences
+        except ValueError as refusal:
+            assert "static" in str(refusal)
+            return
+    assert torch.equal(usual, static)

@@ -104,7 +104,7 @@ def test_a_budget_per_frame_holds_in_every_frame(name: str) -> None:
 
 @each(AT_THE_DOOR)
 def test_an_image_is_reduced_the_same_beside_any_other(case: Case) -> None:
-    """Change the first image of a prompt: the second one keeps what it kept. (Inside the language model images see each other.)"""
+    """Change the first image of a prompt: the second keeps what it kept. (Inside the language model they see each other.)"""
     net = case.net()
     inputs = tiny.prompts(net, tiny.samples(net)[1:2])
     other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
@@ -148,3 +148,20 @@ def test_methods_in_sequence_generate_as_recomputed(name: str) -> None:
         whole = tiny.run(net, {**longer, "position_ids": tiny.positions(net, longer)}, use_cache=False)[:, -STEPS:]
     assert difference(torch.stack(output.logits, 1), whole) < CLOSE
     assert torch.equal(whole.argmax(-1), new)
+
+
+@each([case for case in LANGUAGE_CASES if not case.fields])
+def test_a_prompt_without_pictures_beside_others_is_left_alone(case: Case) -> None:
+    net = case.net()
+    first = tiny.samples(net)[0]
+    words = tiny.Sample((), (7,), 9)
+    together = tiny.prompts(net, [first, words])
+    alone = tiny.prompts(net, [words])
+    whole = tiny.run(net, {name: alone[name] for name in ("input_ids", "attention_mask")})[:, -1]
+    with apply(net, case.made()) as run:
+        batch = tiny.run(net, {**together, "position_ids": tiny.positions(net, together)})[:, -1]
+        single = tiny.prompts(net, [first])
+        assert {image.sample for image in run.report().images} == {0}
+        picture = tiny.run(net, {**single, "position_ids": tiny.positions(net, single)})[:, -1]
+    assert difference(batch[1], whole[0]) < CLOSE
+    assert difference(batch[0], picture[0]) < CLOSE

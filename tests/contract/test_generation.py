@@ -127,3 +127,31 @@ def test_sampling_under_a_seed_repeats(case: Case) -> None:
         with apply(net, case.made()):
             answers.append(generated(net, inputs, do_sample=True, max_new_tokens=8).sequences)
     assert torch.equal(*answers)
+
+
+@each([case for case in LANGUAGE_CASES if not case.fields])
+def test_generating_without_a_cache_says_the_same(case: Case) -> None:
+    """`generate` encodes once and runs the whole prompt at every step; each must begin with all visual tokens."""
+    net = case.net()
+    inputs = tiny.inputs_for(net)
+    spy, decided = spied(case.made())
+    with apply(net, spy):
+        cached = generated(net, inputs, max_new_tokens=6)
+    with apply(net, Replay(case.made(), decided)) as run:
+        uncached = generated(net, inputs, max_new_tokens=6, use_cache=False)
+        left = run.report().images
+    assert torch.equal(cached.sequences, uncached.sequences)
+    with apply(net, case.made()) as run:
+        tiny.run(net, inputs)
+        assert run.report().images == left
+
+
+@pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "divprune(keep=0.3)", "tome(keep=0.3)", "fastv(keep=0.3)"])
+def test_prompt_lookup_says_what_greedy_says(spec: str) -> None:
+    """Candidates that are rejected are cut from the cache again, whose layers may differ in length."""
+    net = tiny.model(LLAVA)
+    inputs = tiny.prompts(net, tiny.one_image(net))
+    with apply(net, spec):
+        greedy = generated(net, inputs).sequences
+        looked = generated(net, inputs, prompt_lookup_num_tokens=3).sequences
+    assert torch.equal(greedy, looked)

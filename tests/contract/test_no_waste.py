@@ -14,7 +14,10 @@ from jeton.tokens import Reduction, Tokens
 
 SIDE = 20  # 400 patches: more than any slab, and no other size of these models
 # methods that compare every token with every other by their definition; all others must do without
-ALL_PAIRS = {"pitome": "the energy of a token is a mean over its similarity to all others"}
+ALL_PAIRS = {
+    "pitome": "the energy of a token is a mean over its similarity to all others",
+    "divprune": "a table of cosines, no attention: faster than a row per pick; above 4096 tokens rows are computed instead",
+}
 
 
 def wide(case: Case) -> torch.nn.Module:

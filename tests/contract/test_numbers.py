@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LANGUAGE_CASES, Case, each
+from cases import CASES, LANGUAGE_CASES, LLAVA, Case, each
+from references import layer_columns, visual
+from witness import watching
 
 import tiny
 from jeton.engine import apply
+from jeton.method import Unsupported
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -68,3 +71,40 @@ def test_the_same_call_gives_the_same_bits_whatever_the_random_state(case: Case)
             outputs += [tiny.run(net, inputs), tiny.run(net, inputs)]
         assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "divprune(keep=0.3)", "tome(keep=0.3)", "fastv(keep=0.3)"])
+def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(spec: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        net = tiny.BUILDERS[LLAVA]().train()
+        if checkpointing:
+            net.gradient_checkpointing_enable()
+        try:
+            with apply(net, spec):
+                net(**tiny.inputs_for(net), use_cache=False).logits.square().mean().backward()
+        except Unsupported as refusal:
+            assert checkpointing and "checkpoint" in str(refusal)
+            return
+        grads.append([weight.grad for weight in net.parameters() if weight.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+@each([case for case in LANGUAGE_CASES if not case.fields])
+def test_labels_are_cut_with_the_prompt(case: Case) -> None:
+    """The loss is that of what is left: each remaining text token predicted by the one before it that is left."""
+    net = case.net()
+    inputs = tiny.inputs_for(net)
+    whole = {**inputs, "position_ids": tiny.positions(net, inputs)}
+    text = inputs["attention_mask"].bool() & ~visual(net, inputs)
+    labels = inputs["input_ids"].masked_fill(~text, -100)
+    with torch.no_grad(), watching(net) as full:
+        unreduced = net(**whole, labels=labels).loss
+    with torch.no_grad(), apply(net, case.made()), watching(net) as seen:
+        output = net(**whole, labels=labels)
+    at = layer_columns(seen, full, len(seen.layers) - 1, inputs)
+    ids = labels.gather(1, at.clamp(min=0)).masked_fill(at < 0, -100)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    assert torch.allclose(output.loss, expected, atol=1e-5)
+    assert int((ids >= 0).sum()) == int(text.sum())
+    assert not torch.allclose(output.loss, unreduced, atol=1e-3)

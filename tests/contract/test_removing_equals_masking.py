@@ -19,6 +19,7 @@ from references import (
     decoded,
     difference,
     full_columns,
+    kept_at,
     masked_from,
     numbered,
     scattered,
@@ -27,7 +28,7 @@ from references import (
     visual,
 )
 from torch import Tensor, nn
-from witness import Seen, match, spied, watching
+from witness import spied, watching
 
 import jeton
 import tiny
@@ -104,7 +105,7 @@ def test_removing_before_a_layer_equals_masking_from_it_on(case: Case, attention
     with apply(net, replace(case.made(), layer=layer)), watching(net) as seen:
         logits = tiny.run(net, inputs)
     assert [part["hidden"].shape[1] for part in seen.layers[:layer]] == [inputs["input_ids"].shape[1]] * layer
-    kept = _kept(seen, whole, layer, inputs)
+    kept = kept_at(seen, whole, layer, inputs)
     last = logits[:, -1]
     gone = inputs["attention_mask"].bool() & ~kept
     assert bool((gone <= visual(net, inputs)).all()) and bool(gone.any(1).all())
@@ -131,7 +132,7 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
         last = tiny.run(net, inputs)[:, -1]
     assert seen.ids is not None
     embeds, mask = scattered(seen, columns(seen.ids, full_columns(net, inputs), seen.real()), inputs["input_ids"].shape[1])
-    kept = [_kept(seen, whole, layer, inputs) for layer in range(len(seen.layers))]
+    kept = [kept_at(seen, whole, layer, inputs) for layer in range(len(seen.layers))]
     assert torch.equal(kept[0], mask.bool()) and all(bool((b <= a).all()) for a, b in pairwise(kept))
     stages = [layer for layer in range(1, len(kept)) if not torch.equal(kept[layer], kept[layer - 1])]
     assert stages
@@ -148,21 +149,6 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
     late = [kept[layer - (layer in stages)] for layer in range(len(kept))]
     early = [kept[layer + (layer + 1 in stages)] for layer in range(len(kept))]
     assert all(difference(reference(twin, {}), right) > 10 * TIGHT for twin in (late, early))
-
-
-def _kept(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> Tensor:
-    """(B, L) the columns that entered `layer`, found by their rotary embeddings."""
-    cos, sin = (torch.cat([part[0], part[1]], -1) for part in (seen.layers[layer]["rotary"], whole.layers[layer]["rotary"]))
-    batch, length = inputs["input_ids"].shape
-    real = inputs["attention_mask"].bool()
-    at = match(cos.expand(batch, -1, -1), sin.expand(batch, -1, -1).masked_fill(~real[..., None], torch.nan))
-    mask = seen.layers[layer]["mask"]
-    valid = at >= 0
-    if mask is not None:
-        last = mask[:, 0, -1].expand(batch, -1)
-        valid = valid & (last if last.dtype == torch.bool else last == 0)
-    kept = torch.zeros(batch, length + 1, dtype=torch.bool).scatter(1, torch.where(valid, at, length), True)
-    return kept[:, :length]
 
 
 # -- the other meaning of positions ------------------------------------------------------------------------------------------
@@ -197,7 +183,7 @@ def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Ca
         tiny.run(net, inputs)
     with apply(net, case.made(), positions="compact"):
         last = tiny.run(net, inputs)[:, -1]
-    kept = _kept(seen, whole, layer, inputs)
+    kept = kept_at(seen, whole, layer, inputs)
     rotary = view_of(net).rotary(whole.embeds, (kept.long().cumsum(1) - 1).clamp(min=0))
 
     def renumber(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

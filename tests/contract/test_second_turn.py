@@ -115,3 +115,38 @@ def test_two_conversations_take_turns_under_one_run(case: Case) -> None:
     for longer, past, logits in later:
         reference = whole(net, longer, case.made(), past)[:, -logits.shape[1] :]
         assert difference(logits, reference) < CLOSE
+
+
+@torch.no_grad()
+@each([case for case in LANGUAGE_CASES if not case.fields and case.made().site != "layer"])
+def test_a_second_question_may_bring_another_picture(case: Case) -> None:
+    """What images lose does not depend on the turn in which they come (inside the language model it may)."""
+    net = case.net()
+    both = tiny.prompts(net, [tiny.samples(net)[1]])
+    images = (both["input_ids"][0] == tiny.IMAGE).nonzero().flatten()
+    cut = int(images[images.diff().argmax()]) + 2  # the first picture and one word
+    second = _later_picture(both, cut)
+    ids = tiny.positions(net, both)
+    with apply(net, case.made()):
+        whole = net(**both, position_ids=ids).logits
+        cache = net(**_earlier_picture(both, cut), position_ids=ids[..., :cut], use_cache=True).past_key_values
+        last = net(**second, position_ids=ids[..., cut:], past_key_values=cache, use_cache=True)
+    assert difference(last.logits[:, -5:], whole[:, -5:]) < CLOSE
+
+
+def _earlier_picture(both: tiny.Inputs, cut: int) -> tiny.Inputs:
+    """The first `cut` columns of a prompt with two pictures, and the first picture, as it is in the whole."""
+    return {name: _split(name, value, both, cut)[0] for name, value in both.items()}
+
+
+def _later_picture(both: tiny.Inputs, cut: int) -> tiny.Inputs:
+    """The rest of the prompt with the second picture; the mask covers the whole conversation."""
+    rest = {name: _split(name, value, both, cut)[1] for name, value in both.items()}
+    return {**rest, "attention_mask": both["attention_mask"]}
+
+
+def _split(name: str, value: Tensor, both: tiny.Inputs, cut: int) -> tuple[Tensor, Tensor]:
+    if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        return value[:, :cut], value[:, cut:]
+    patches = int(both["image_grid_thw"][0].prod()) if name == "pixel_values" and "image_grid_thw" in both else 1
+    return value[:patches], value[patches:]

@@ -62,7 +62,14 @@ def write_examples(folder: Path = SCENES, count: int = 200) -> list[Example]:
             choices = [question for question in ask(scene.digits) if question.kind == kind]
             if choices:
                 chosen = choices[rng.integers(len(choices))]
-                row = {"image": name, "question": chosen.text, "answer": chosen.answer, "kind": kind, "scene": number, "boxes": boxes}
+                row = {
+                    "image": name,
+                    "question": chosen.text,
+                    "answer": chosen.answer,
+                    "kind": kind,
+                    "scene": number,
+                    "boxes": boxes,
+                }
                 lines.append(json.dumps(row))
     (folder / _QUESTIONS).write_text("\n".join(lines) + "\n")
     return load_examples(folder)

@@ -17,6 +17,11 @@ from .flow import Flow, Memory, whole
 from .gallery import Gallery
 from .prompt import Prompt, padded
 
+_UNKNOWN = (
+    "pictures were reduced before the language model, but the prompt came without input_ids that show where they stand (a "
+    "prefill in chunks, or features put into inputs_embeds by hand); pass input_ids, or use a method of the site entry or layer."
+)
+
 
 class Entrance:
     def __init__(self, prompt: Prompt, gallery: Gallery, methods: list[Method]) -> None:
@@ -48,6 +53,13 @@ class Entrance:
         self.asked = self.prompt.left = None
         if pixels:  # this forward encodes its pictures itself: earlier ones are not in its prompt
             self.gallery.scenes.clear()
+        if inputs.get("input_ids") is None and self.gallery.waits():
+            raise ValueError(_UNKNOWN)
+        if (pixels or encoded) and getattr(inputs.get("past_key_values"), "is_compileable", False):
+            raise ValueError(
+                "a static cache gives every layer the same fixed length, but jeton makes prompts shorter; leave out "
+                "cache_implementation (or StaticCache) and use the default dynamic cache."
+            )
         self.prompt.run.start(pictures=pixels or bool(encoded))
         if not pixels and not encoded:
             self.prompt.run.costs.text_only(inputs.get("past_key_values") is not None)
@@ -63,6 +75,8 @@ class Entrance:
         input_ids, encoded = self.asked
         if input_ids is not None:
             prompt.flow = self.gallery.show(input_ids, encoded)
+        if prompt.flow is None and self.gallery.waits():
+            raise ValueError(_UNKNOWN)
         if prompt.flow is None:
             run.costs.clear()
             run.say("the prompt's image tokens are not known (no input_ids, or features made elsewhere): nothing was reduced")
@@ -87,8 +101,9 @@ class Entrance:
             cache.__dict__.pop("get_seq_length", None)
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         known = None if cache is None else self.memories.get(cache)
-        if known is None:
-            known = Memory(length=0 if cache is None else cache.get_seq_length())
+        known = Memory() if known is None else known
+        held = 0 if cache is None else cache.get_seq_length()
+        known.length = held + (0 if known.entry is None else known.entry.offset)
         prompt.cache = cache
         prompt.memory, self.new, self.past = known, tokens.shape[1], known.length
         prompt.run.enter()
@@ -180,7 +195,6 @@ class Entrance:
         """Remember what the cache holds, and let it report the length of the whole conversation."""
         prompt = self.prompt
         prompt.run.leave(prompt.flow is not None)
-        prompt.memory.length += self.new
         cache = kwargs.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is None:

@@ -37,19 +37,27 @@ def _tensors(reduction: Reduction) -> dict[str, Tensor | None]:
 @dataclass
 class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
-    patches, (patches, ...) each."""
+    patches, (patches, ...) each. met: a prompt has shown them."""
 
     album: Album
     rows: Rows
     encoded: Reduction | None = None
     signals: dict[Need, Tensor] = field(default_factory=dict)
     special: Tensor | None = None
+    met: bool = False
     trail: list[Step] = field(default_factory=list)
 
+    @property
+    def reduced(self) -> bool:
+        """True if tokens left before any prompt was known."""
+        return self.encoded is not None or bool(self.trail)
+
     def shown(self, album: Album, images: list[int]) -> Scene:
-        """The same scene as the prompts show it: in their order, repeated for beams."""
+        """The same scene as the prompts show it: in their order, repeated for beams. Always a copy: what one forward decides is
+        not left behind for the next one that shows these pictures."""
+        self.met = True
         if album is self.album:
-            return self
+            return replace(self, trail=list(self.trail))
         at = torch.tensor(images, device=self.rows.slot.device)
         trail = [step.pick(at) for step in self.trail]
         return replace(self, album=album, rows=self.rows.pick(at), trail=trail)

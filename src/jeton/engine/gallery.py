@@ -66,6 +66,10 @@ class Gallery:
         self.scenes[stream] = (held, scene)
         prompt.run.encoded()
 
+    def waits(self) -> bool:
+        """True if pictures that have lost tokens already have not been met in a prompt yet."""
+        return any(scene.reduced and not scene.met for _, scene in self.scenes.values())
+
     def show(self, input_ids: torch.Tensor, encoded: dict[str, Any] | None) -> Flow | None:
         """The flow of a prompt that shows what was encoded last; None if its features came from elsewhere."""
         found: list[tuple[str, Scene]] = []
