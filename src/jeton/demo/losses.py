@@ -178,5 +178,5 @@ def losses(model: LlavaForConditionalGeneration, teacher: Teacher, batch: Batch,
         projected = model.model.multi_modal_projector(read[:, 1:])
         found["words"] = teacher.words(projected, model.get_input_embeddings().weight, batch)
         found["answers"], point = _answer_losses(model, projected, batch)
-        found["point"] = 0.2 * point
+        found["point"] = 0.5 * point
     return found

@@ -52,8 +52,8 @@ class Stage:
 
 STAGES = (
     Stage("encoder", see=True, speak=False, steps=2400, rate=2.5e-3, batch=12),
-    Stage("language", see=False, speak=True, steps=1200, rate=2e-3, batch=12),
-    Stage("joint", see=True, speak=True, steps=2600, rate=7e-4, batch=12),
+    Stage("language", see=False, speak=True, steps=1700, rate=2e-3, batch=12),
+    Stage("joint", see=True, speak=True, steps=1500, rate=7e-4, batch=12),
 )
 
 
