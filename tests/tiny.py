@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-PAD, IMAGE, VIDEO, WORDS, VOCABULARY = 0, 3, 4, 10, 100  # token ids; words begin at WORDS
+PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
 Inputs = dict[str, Any]
 
@@ -132,8 +133,8 @@ def tiny_qwen2_5_vl() -> nn.Module:
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        vision_start_token_id=5,
-        vision_end_token_id=6,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
     )
     return ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
@@ -200,6 +201,14 @@ def one_image(net: nn.Module) -> list[Sample]:
     return samples(net)[:1]
 
 
+def for_beams(net: nn.Module) -> Inputs:
+    """All three prompts where `generate` encodes pictures before it repeats prompts; older versions repeat the pictures of a batch
+    one by one, which gives prompts with several images those of others, in the unmodified model too: there only prompts with one."""
+    chosen = samples(net)
+    early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")
+    return prompts(net, chosen if early else chosen[::2])
+
+
 def prompts(net: nn.Module, chosen: Sequence[Sample] | None = None) -> Inputs:
     """Inputs of a batch of prompts, padded on the left; all three of `samples` if not given."""
     chosen = samples(net) if chosen is None else chosen
@@ -251,6 +260,9 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     pictures = {"llava": _llava_pictures, "llava_next": _next_pictures, "qwen2_5_vl": _qwen_pictures}[net.config.model_type]
     pixels, counts, marks = pictures(net, sample.images, generator) if sample.images else ({}, [], [])
     runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
+    if net.config.model_type == "qwen2_5_vl":  # generation counts images by these
+        for before, after in pairwise(runs):
+            before[-1], after[0] = START, END
     parts = [runs[0]]
     for count, mark, run in zip(counts, marks, runs[1:], strict=True):
         parts += [torch.full((count,), mark), run]

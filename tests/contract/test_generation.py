@@ -54,7 +54,7 @@ def test_greedy_equals_growing_the_prompt_one_token_at_a_time(method: str) -> No
 def test_beams_are_worth_what_recomputation_says(case: Case) -> None:
     """The score of the best beam is the sum of its tokens' log-probabilities, computed without a cache."""
     net = case.net()
-    inputs = tiny.inputs_for(net)
+    inputs = tiny.for_beams(net)
     spy, decided = spied(case.made())
     with apply(net, spy) as run:
         tiny.run(net, inputs)
@@ -63,7 +63,7 @@ def test_beams_are_worth_what_recomputation_says(case: Case) -> None:
         shown: dict[int, list[list[Tensor]]] = {}
         for image, sample in enumerate(run.layout.sample):
             shown.setdefault(sample, []).append(run.assignment(image))
-    for sample in range(9):  # beams of one prompt share what is kept
+    for sample in range(3 * len(inputs["input_ids"])):  # beams of one prompt share what is kept
         for a, b in zip(shown[sample], shown[sample - sample % 3], strict=True):
             assert all(torch.equal(x < 0, y < 0) for x, y in zip(a, b, strict=True))
     new = output.sequences[:, -8:]
@@ -87,9 +87,7 @@ def test_beams_are_worth_what_recomputation_says(case: Case) -> None:
 def test_compact_generation_equals_that_from_a_prompt_cut_by_hand(case: Case, how: dict[str, Any]) -> None:
     """`generate` numbers embeddings without gaps, so a prompt cut by hand is the reference for positions="compact"."""
     net = case.net()
-    inputs = tiny.inputs_for(net)
-    if "num_beams" in how and "next" in net.config.model_type:
-        inputs = tiny.prompts(net, tiny.one_image(net))
+    inputs = tiny.inputs_for(net) if how == {"do_sample": True} else tiny.for_beams(net)
     with apply(net, case.made(), positions="compact"):
         with watching(net) as seen:
             tiny.run(net, {**inputs, "position_ids": tiny.positions(net, inputs)})
@@ -104,14 +102,14 @@ def test_compact_generation_equals_that_from_a_prompt_cut_by_hand(case: Case, ho
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_several_samples_show_the_same_images_again(name: str) -> None:
     net = tiny.model(name)
-    inputs = tiny.inputs_for(net)
+    inputs = tiny.for_beams(net)
     with apply(net, "divprune", keep=0.3) as run:
         torch.manual_seed(3)
         output = generated(net, inputs, do_sample=True, num_return_sequences=2)
         left = [(image.sample, image.after) for image in run.report().images]
         tiny.run(net, inputs)
         once = [(image.sample, image.after) for image in run.report().images]
-    assert output.sequences.shape[0] == 6
+    assert output.sequences.shape[0] == 2 * len(inputs["input_ids"])
     doubled = sorted((2 * sample + copy, after) for sample, after in once for copy in (0, 1))
     assert sorted(left) == doubled
     assert not torch.equal(output.sequences[0], output.sequences[1])

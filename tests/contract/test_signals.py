@@ -144,5 +144,5 @@ def view_blocks(net: torch.nn.Module) -> list:
 @pytest.mark.parametrize("layer", [5, -6])
 def test_a_layer_that_does_not_exist_is_refused(layer: int) -> None:
     net = tiny.model("ViTModel")
-    with pytest.raises(ValueError, match="only blocks 0 to 4"):
+    with pytest.raises(ValueError, match="use 0 to 4, or -1 to -5"):
         apply(net, Listening("encoder", {"class": ClassAttention(layer=layer)})).remove()

@@ -18,10 +18,13 @@ _IGNORED = -100
 
 
 class Batches(IterableDataset):
-    """An endless source of training batches, fixed by its seed. Crowded scenes teach patches more per step."""
+    """An endless source of training batches, fixed by its seed. Crowded scenes teach patches more per step. `asked` marks the
+    position in front of an answer's first word, or of every word."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, crowded: bool = False) -> None:
-        self.size, self.crowded = size, crowded
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, crowded: bool = False, every_word: bool = False
+    ) -> None:
+        self.size, self.crowded, self.every_word = size, crowded, every_word
         self._rng = np.random.default_rng(seed)
         self._pad, self._bos = tokenizer.pad_token_id, tokenizer.bos_token_id
         self._image = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -70,7 +73,8 @@ class Batches(IterableDataset):
             asked = [x for token in asked for x in ([token] * GRID**2 if token == self._image else [token])]
             ids += asked + answered
             labels += [_IGNORED] * len(asked) + answered
-            digits += [-1] * (len(asked) - 1) + [turns[which].digit] + [-1] * len(answered)
+            words = len(answered) - 1 if self.every_word else 1  # the end mark needs no looking
+            digits += [-1] * (len(asked) - 1) + [turns[which].digit] * words + [-1] * (len(answered) + 1 - words)
         return ids, labels, digits
 
     def _encode(self, text: str) -> list[int]:

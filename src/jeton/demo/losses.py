@@ -10,9 +10,10 @@ class     The class token must tell which (digit, colour) pairs, which digits an
 look      The class token's attention in the block LLaVA reads, averaged over heads, must fall on every digit: mean
           over digits of -log(attention mass on that digit's patches). Without it a class token may collect its
           knowledge in earlier blocks, and its attention there says nothing about what is where.
-point     Where a question about one digit ends and its answer begins, the attention of one language-model layer, averaged
-          over heads, must fall on that digit: -log(attention mass on its patches). Binding the word "red" to the patches
-          that are red is a small part of the answers' loss and is found late without being shown.
+point     In front of the first word of an answer about one digit (in the joint stage: of every word), the attention of
+          one language-model layer, averaged over heads, must fall on that digit: -log(attention mass on its patches).
+          Binding the word "red" to the patches that are red is a small part of the answers' loss and is found late
+          without being shown.
 answers   Next-token cross-entropy on the answers to several questions about a scene, and on descriptions of it,
           packed as turns of a conversation.
 """
@@ -43,7 +44,7 @@ class Batch:
     number, colour (B, P): class of each patch, the last class is "neither", -100 is ignored;
     owner (B, P): digit a patch belongs to, negative if none; present (B, labels): multi-hot scene content;
     ids, attended, labels (B, T): the conversation, which positions are visible, and answers to learn (-100 elsewhere);
-    asked (B, T): the digit in question, at the last position before its answer, else -1.
+    asked (B, T): the digit in question, at positions in front of words of its answer, else -1.
     """
 
     pixels: Tensor

@@ -112,7 +112,9 @@ def train(
             seconds[stage.name] = saved["seconds"]
             continue
         start = time.perf_counter()
-        run_stage(stage, model, teacher, Batches(tokenizer, stage.batch, SEED + 1 + number, crowded=not stage.speak))
+        joint = stage.see and stage.speak
+        batches = Batches(tokenizer, stage.batch, SEED + 1 + number, crowded=not stage.speak, every_word=joint)
+        run_stage(stage, model, teacher, batches)
         seconds[stage.name] = time.perf_counter() - start
         saved = {"model": model.state_dict(), "teacher": teacher.state_dict(), "seconds": seconds[stage.name]}
         torch.save(saved, state)
