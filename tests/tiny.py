@@ -202,8 +202,8 @@ def one_image(net: nn.Module) -> list[Sample]:
 
 
 def for_beams(net: nn.Module) -> Inputs:
-    """All three prompts where `generate` encodes pictures before it repeats prompts; older versions repeat the pictures of a batch
-    one by one, which gives prompts with several images those of others, in the unmodified model too: there only prompts with one."""
+    """All three prompts where `generate` encodes pictures before it repeats prompts. Older versions repeat the pictures of a
+    batch one by one, which mixes up those of prompts with several, in the unmodified model too: only prompts with one there."""
     chosen = samples(net)
     early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")
     return prompts(net, chosen if early else chosen[::2])

@@ -124,10 +124,14 @@ class Spy(Stand):
 
 
 class Replay(Stand):
-    """Decides what was decided before, in the same order, over and over: the same kept sets whatever the tokens say now."""
+    """Decides what was decided before, in the same order, over and over: the same kept sets whatever the tokens say now.
+
+    The next decision about so many tokens is taken: parts that act while pictures are encoded may decide less often than others.
+    """
 
     def reduce(self, tokens: Tokens, signals: Any = None) -> Reduction:
-        reduction = self.decided.pop(0)
+        at = next(i for i, made in enumerate(self.decided) if made.n == len(tokens))
+        reduction = self.decided.pop(at)
         self.decided.append(reduction)
         return reduction
 
