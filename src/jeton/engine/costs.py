@@ -71,14 +71,15 @@ class Costs:
         run = self.run
         parameter = next(run.model.parameters())
         ran, full = self._flops()
+        images = self._images()
         return Report(
             method=run.spec,
             model=type(run.model).__name__,
             device=str(parameter.device),
             dtype=str(parameter.dtype).removeprefix("torch."),
             applied=bool(self.sites),
-            note=self.note,
-            images=self._images(),
+            note=self.note or _kept_whole(images),
+            images=images,
             sites=tuple(
                 SiteCount(site, name, _mean(tokens.mask, len(tokens)) - tokens.prefix, _mean(last.mask, last.k) - last.prefix)
                 for (site, name), (tokens, last) in self.sites.items()
@@ -220,6 +221,14 @@ def _maps(owner: Tensor, place: Any, image: int, count: int) -> list[Tensor]:
         grid[row[here], col[here]] = owner[here]
         out.append(grid)
     return out
+
+
+def _kept_whole(images: tuple[ImageCount, ...]) -> str:
+    """Says so where some images had no more tokens than were asked for, while others lost some."""
+    whole = [image.image for image in images if image.after == image.before]
+    if not whole or len(whole) == len(images):
+        return ""
+    return f"images {whole} have no more tokens than were asked for and keep all of theirs"
 
 
 def _mean(mask: Tensor | None, count: int) -> float:
