@@ -90,7 +90,8 @@ def results(measured: dict[str, Any]) -> str:
     machine, settings = measured["machine"], measured["settings"]
     what = f"Accuracy (and speed-up to the first token) of {measured['model']} on {settings['questions']} questions"
     place = ", ".join(str(machine[key]) for key in ("processor", "accelerator") if key in machine)
-    where = f"{place}, {machine['threads']} threads, torch {machine['torch']}, {settings['dtype']}"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    where = f"{place}, {threads}, torch {machine['torch']}, {settings['dtype']}"
     return f"{what}; with all tokens {full['accuracy']:.3f}. {where}.\n\n" + "\n".join(lines)
 
 
