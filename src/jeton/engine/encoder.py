@@ -117,6 +117,8 @@ class EncoderSite:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.clear()
         self.inputs = inputs
+        if self.stepped:
+            self.run.refuse_checkpointing(module, self.encoder.blocks[0])
         self._started_at = self.run.clock.now()
         if self.alone:
             self.run.clock.begin("encoder")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Budget, LastAttention, Method, Need, TextAttention, Unsupported
+from ..method import Budget, LastAttention, Method, Need, TextAttention
 from ..ops import attention
 from ..tokens import gather
 from .ahead import Ahead, Heard, is_ahead
@@ -160,7 +160,8 @@ class LayerSite:
     def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.stage = self.raters = None
         self.heard.clear()
-        self._refuse_checkpointing(module)
+        if self.prompt.scene is not None:
+            self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
         self.rated.clear()
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
@@ -168,14 +169,6 @@ class LayerSite:
                 self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
-
-    def _refuse_checkpointing(self, decoder: nn.Module) -> None:
-        layer = self.prompt.view.layers[0]
-        if self.prompt.scene is not None and decoder.training and getattr(layer, "gradient_checkpointing", False):
-            raise Unsupported(
-                "gradient checkpointing runs layers again when the prompt of a method inside the language model is gone; "
-                "call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."
-            )
 
     def _in_front(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

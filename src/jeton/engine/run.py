@@ -237,6 +237,14 @@ class Run:
                 f"ask for fewer, or for a fraction such as keep=0.25."
             )
 
+    def refuse_checkpointing(self, module: nn.Module, layer: nn.Module) -> None:
+        """Refuse what runs layers a second time in the backward pass, when the state of their forward is gone."""
+        if module.training and getattr(layer, "gradient_checkpointing", False):
+            raise Unsupported(
+                f"{self.spec} acts between layers of {type(module).__name__}, which gradient checkpointing runs again without their "
+                "prompt; call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."
+            )
+
     # -- what the sites tell -----------------------------------------------------------------------------------------------
 
     def say(self, note: str) -> None:
