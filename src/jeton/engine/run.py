@@ -241,8 +241,8 @@ class Run:
         """Refuse what runs layers a second time in the backward pass, when the state of their forward is gone."""
         if module.training and getattr(layer, "gradient_checkpointing", False):
             raise Unsupported(
-                f"{self.spec} acts between layers of {type(module).__name__}, which gradient checkpointing runs again without their "
-                "prompt; call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."
+                f"{self.spec} acts between layers of {type(module).__name__}, which gradient checkpointing runs again later; "
+                "call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."
             )
 
     # -- what the sites tell -----------------------------------------------------------------------------------------------
