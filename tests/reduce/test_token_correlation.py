@@ -117,7 +117,7 @@ def page(seed: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reader() -> CLIPVisionModel:
-    """An untrained encoder whose keys show what is in a patch and little of where it is: what a low block of a trained one does."""
+    """An untrained encoder whose keys show what is in a patch and little of where it is, as in a low block of a trained one."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         image_size=84, patch_size=7, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4
