@@ -12,7 +12,7 @@ from jeton.method import Budget, Sequence, find, get, methods
 from jeton.ops.budget import count
 from jeton.tokens import Tokens
 
-KEEPERS = [card.id for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.cls)}]
+KEEPERS = [card.id for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
 
 
 def test_a_method_is_made_by_name_by_spec_and_by_itself():
@@ -103,9 +103,9 @@ def test_every_card_is_complete():
     for card in methods():
         assert card.id and card.title and card.source and 2017 <= card.year <= 2026
         assert card.family in ("vit", "vlm", "control") and card.training_free
-        assert card.stage == card.cls.site
+        assert card.stage == card.object.site
         assert find(card.id) is card
-        assert card.cls.__doc__ and card.row()["id"] == card.id
+        assert card.object.__doc__ and card.row()["id"] == card.id
 
 
 def test_counts_round_to_the_nearest_and_keep_at_least_one():

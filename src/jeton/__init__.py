@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jeton.engine import apply
     from jeton.measure.compare import compare
     from jeton.method import Budget, Sequence, Unsupported, get, methods
+    from jeton.registry import systems
     from jeton.tokens import Reduction, Tokens
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "get",
     "load_demo",
     "methods",
+    "systems",
 ]
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "get": "jeton.method",
     "load_demo": "jeton.demo",
     "methods": "jeton.method",
+    "systems": "jeton.registry",
 }
 
 

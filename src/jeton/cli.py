@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .method import Unsupported, find, methods
+from .method import Unsupported, methods
+from .registry import find, systems
 
 _WRONG = (ValueError, TypeError, OSError, Unsupported)  # what a user's input can cause
 
@@ -43,7 +44,7 @@ def _complete(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _complete_one(incomplete: str) -> list[tuple[str, str]]:
-    return [(card.id, card.title) for card in methods() if card.id.startswith(incomplete)]
+    return [(card.id, card.title) for card in systems() if card.id.startswith(incomplete)]
 
 
 Model = Annotated[
@@ -138,10 +139,10 @@ def compare(
 @app.command("methods")
 def methods_(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    family: Annotated[str | None, typer.Option(help="Only this family: control, vit, vlm ...")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family: control, vit, vlm, tokenizer ...")] = None,
 ) -> None:
-    """List every method: what it is, where it acts, and where it comes from."""
-    rows = [card.row() for card in methods(family)]
+    """List every system: what it is, where it acts, and where it comes from."""
+    rows = [card.row() for card in systems(family)]
     if json_:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -152,8 +153,8 @@ def methods_(
 
 
 @app.command()
-def show(id: Annotated[str, typer.Argument(help="A method's id.", autocompletion=_complete_one)]) -> None:
-    """Explain one method: its idea, its fields, what it needs and where it works."""
+def show(id: Annotated[str, typer.Argument(help="A system's id.", autocompletion=_complete_one)]) -> None:
+    """Explain one system: its idea, its fields, what it needs and where it works."""
     from .measure.systems import describe
 
     Console().print(escape(describe(find(id))), highlight=False)

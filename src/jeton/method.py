@@ -1,4 +1,4 @@
-"""What a method is: a dataclass with a paper card, and the registry that finds it by name or by spec.
+"""What a method is: a dataclass with a paper card, found by name or by spec.
 
 A method looks at tokens and at declared signals about them and returns a `Reduction`. It never touches a model.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib
 import math
-import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from . import registry
 from .ops.budget import count
+from .registry import Card
 from .tokens import Reduction, Tokens
 
 Signals = Mapping[str, Tensor]
@@ -139,24 +139,6 @@ class LayerKeys(Need):
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Card:
-    """Where a method comes from and where it works."""
-
-    id: str
-    title: str
-    year: int
-    source: str
-    family: str
-    stage: str
-    training_free: bool
-    cls: type[Method] = field(repr=False, compare=False)
-
-    def row(self) -> dict[str, Any]:
-        """The card as plain data, one row of `jeton methods --json`."""
-        return {name: getattr(self, name) for name in ("id", "family", "stage", "title", "year", "source", "training_free")}
-
-
 class Method:
     """Base of every reduction method. Subclasses are dataclasses whose fields are the paper's hyper-parameters.
 
@@ -260,44 +242,33 @@ class Sequence(Method):
 
 # -- registry ----------------------------------------------------------------------------------------------------------
 
-_REGISTRY: dict[str, Card] = {}
-_ROOMS = ("reduce",)
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M")
 
 
-def register(
-    *, title: str, year: int, source: str, family: str, stage: str, training_free: bool = True, id: str | None = None
-) -> Callable[[M], M]:
-    """Class decorator that files a method under its id (by default the module's name, underscores as hyphens)."""
+def register(**card: Any) -> Callable[[M], M]:
+    """Class decorator that files a method, as `registry.register` does any system; a method must be a dataclass."""
 
     def file(cls: M) -> M:
         if not dataclasses.is_dataclass(cls):
-            raise TypeError(f"{cls.__name__} must be a dataclass before it is registered.")
-        name = id or cls.__module__.rpartition(".")[2].replace("_", "-")
-        known = _REGISTRY.get(name)
-        if known is not None and known.cls.__qualname__ != cls.__qualname__:
-            raise ValueError(f"the id {name!r} is already taken by {known.cls.__name__}.")
-        cls.card = Card(name, title, year, source, family, stage, training_free, cls)
-        _REGISTRY[name] = cls.card
-        return cls
+            raise TypeError(f"{cls.__name__} must be a dataclass before it is registered.")  # type: ignore[attr-defined]
+        return registry.register(**card)(cls)
 
     return file
 
 
 def methods(family: str | None = None) -> list[Card]:
-    """The cards of every registered method, by id; of one family if given."""
-    _load()
-    return [card for _, card in sorted(_REGISTRY.items()) if family is None or card.family == family]
+    """The cards of every method that `apply` takes, by id; of one family if given. `jeton.systems` lists the other rooms too."""
+    return [card for card in registry.systems(family) if isinstance(card.object, type) and issubclass(card.object, Method)]
 
 
 def find(name: str) -> Card:
     """The card of one method; an unknown name suggests the nearest."""
-    _load()
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(close)}?" if close else " See jeton.methods() for all of them."
-        raise ValueError(f"there is no method {name!r}.{hint}")
-    return _REGISTRY[name]
+    cards = {card.id: card for card in methods()}
+    if name not in cards:
+        if name in {card.id for card in registry.systems()}:
+            raise ValueError(f"{name!r} is no method that can be applied to a model; `jeton show {name}` says how it is used.")
+        raise ValueError(f"there is no method {name!r}.{registry.nearest(name, cards)}")
+    return cards[name]
 
 
 def get(spec: str | Method, **fields: Any) -> Method:
@@ -335,18 +306,10 @@ def _parse(node: ast.expr) -> list[tuple[str, dict[str, Any]]]:
 
 def _make(name: str, options: dict[str, Any]) -> Method:
     card = find(name.replace("_", "-"))
-    known = [item.name for item in dataclasses.fields(card.cls) if item.init]  # type: ignore[arg-type]
+    known = [item.name for item in dataclasses.fields(card.object) if item.init]
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise TypeError(f"{card.id} has no field {option!r}.{hint} Its fields are {', '.join(known) or 'none'}.")
-    return card.cls(**options)
-
-
-def _load() -> None:
-    """Import every method file once, so that the registry is complete. Only `method` itself may name the rooms."""
-    for room in _ROOMS:
-        package = importlib.import_module(f"{__package__}.{room}")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+    return card.object(**options)

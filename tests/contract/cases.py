@@ -58,7 +58,7 @@ def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
     """Every method as it is, and with the score that needs no class token where it has one."""
     for card in methods():
         yield card.id, ()
-        if any(item.name == "score" for item in dataclasses.fields(card.cls)):  # type: ignore[arg-type]
+        if any(item.name == "score" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("score", "received"),)
 
 

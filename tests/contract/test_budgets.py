@@ -186,7 +186,7 @@ def test_a_promise_holds_for_other_sizes_and_for_the_defaults(name: str, side: i
 
 
 @pytest.mark.parametrize("name", [name for name in LANGUAGE if name != QWEN])
-@pytest.mark.parametrize("method", [card.id for card in methods() if card.cls.site in ("encoder", "entry", "layer")])
+@pytest.mark.parametrize("method", [card.id for card in methods() if card.object.site in ("encoder", "entry", "layer")])
 def test_reported_flops_are_those_that_ran(name: str, method: str) -> None:
     """Counted by torch in the blocks, the projector and the layers, while recorded decisions are replayed: what it costs to come
     to them is no saving, and reported as time."""

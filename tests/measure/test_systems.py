@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import jeton
-from jeton.measure.systems import between, describe, page, results, table, write
+from jeton.measure.systems import between, describe, others, page, results, table, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +19,9 @@ def test_the_documents_are_up_to_date(tmp_path):
         assert written.read_text() == (ROOT / written.relative_to(tmp_path)).read_text(), "run python -m jeton.measure.systems"
 
 
-def test_every_method_is_listed_and_explained():
-    for card in jeton.methods():
-        assert f"| `{card.id}` |" in table()
+def test_every_system_is_listed_and_explained():
+    for card in jeton.systems():
+        assert f"| `{card.id}` |" in table() + others()
         assert f"## {card.id}\n" in page() and card.source in page()
 
 

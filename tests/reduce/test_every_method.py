@@ -7,15 +7,21 @@ import dataclasses
 import pytest
 import torch
 
-from jeton.method import Card, ClassAttention, LastAttention, get, methods
+from jeton.method import ClassAttention, LastAttention, get, methods
 from jeton.place import Place
+from jeton.registry import Card
 from jeton.tokens import Tokens
 
 SIDE = 6
 N = SIDE * SIDE
-BUDGETED = [card for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.cls)}]
+BUDGETED = [card for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
 ROWS_OF_ATTENTION = sorted(
-    {name for card in BUDGETED for name, need in card.cls().needs().items() if isinstance(need, ClassAttention | LastAttention)}
+    {
+        name
+        for card in BUDGETED
+        for name, need in card.object().needs().items()
+        if isinstance(need, ClassAttention | LastAttention)
+    }
 )
 EXACT = [card for card in BUDGETED if card.id != "downsample"]
 

@@ -1,4 +1,4 @@
-"""What the registry says, as text: one method for `jeton show`, all of them for the documents.
+"""What the registry says, as text: one system for `jeton show`, all of them for the documents.
 
 ``python -m jeton.measure.systems`` renews docs/systems.md and the marked parts of README.md in the current folder.
 """
@@ -12,7 +12,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from ..method import Card, methods
+from ..method import Method, methods
+from ..registry import Card, systems
 from .plan import CONTROLS, budget
 
 _SITES = {
@@ -35,23 +36,38 @@ _SIGNALS = {
 
 
 def describe(card: Card) -> str:
-    """One method in full: card, idea, fields, needs and places."""
-    idea = [" ".join(part.split()) for part in (inspect.getdoc(card.cls) or "").split("\n\n")]
-    fields = [field for field in dataclasses.fields(card.cls) if field.init]  # type: ignore[arg-type]
-    shown = "\n".join(f"  {field.name} = {_default(field)}  ({field.type})" for field in fields) or "  none"
-    facts = [
-        f"Acts {_SITES.get(card.cls.site, card.cls.site)}.",
-        f"Reads {'; '.join(needs(card)) or 'nothing but the tokens'}.",
-        "Needs no training." if card.training_free else "Needs training.",
-    ]
-    parts = [f"{card.id}: {card.title} ({card.year}, {card.source})", *idea, f"Fields:\n{shown}", "\n".join(facts)]
+    """One system in full: card, idea, fields, needs and places."""
+    idea = [" ".join(part.split()) for part in (inspect.getdoc(card.object) or "").split("\n\n")]
+    facts = [*_facts(card), "Needs no training." if card.training_free else "Needs training."]
+    parts = [f"{card.id}: {card.title} ({card.year}, {card.source})", *idea, f"Fields:\n{_fields(card)}", "\n".join(facts)]
     return "\n\n".join(parts)
+
+
+def _facts(card: Card) -> list[str]:
+    if not _reduces(card):
+        return [f"Import it: from {card.object.__module__} import {card.object.__name__}"]
+    where = _SITES.get(card.object.site, card.object.site)
+    return [f"Acts {where}.", f"Reads {'; '.join(needs(card)) or 'nothing but the tokens'}."]
+
+
+def _fields(card: Card) -> str:
+    if dataclasses.is_dataclass(card.object):
+        fields = [field for field in dataclasses.fields(card.object) if field.init]
+        lines = [f"  {field.name} = {_default(field)}  ({field.type})" for field in fields]
+    else:
+        asked = inspect.signature(card.object).parameters.values()
+        lines = ["  " + str(one).replace("'", "") for one in asked if one.name != "self"]
+    return "\n".join(lines) or "  none"
+
+
+def _reduces(card: Card) -> bool:
+    return isinstance(card.object, type) and issubclass(card.object, Method)
 
 
 def needs(card: Card) -> list[str]:
     """What the method looks at, in words, as it is by default."""
     try:
-        wanted = card.cls().needs().values()
+        wanted = card.object().needs().values()
     except TypeError:  # a field without default
         return ["what its fields say"]
     return list(dict.fromkeys(_SIGNALS.get(type(need).__name__, type(need).__name__) for need in wanted))
@@ -60,23 +76,35 @@ def needs(card: Card) -> list[str]:
 def table() -> str:
     """Every method in one Markdown table, controls first, then in the order of a token's life."""
     sites = list(_SITES)
-    cards = sorted(methods(), key=lambda card: (card.id not in CONTROLS, sites.index(card.cls.site), card.year, card.id))
+    cards = sorted(methods(), key=lambda card: (card.id not in CONTROLS, sites.index(card.object.site), card.year, card.id))
     lines = ["| id | site | reads | source |", "|---|---|---|---|"]
     for card in cards:
         source = card.source if card.source == "control" else f"{card.title} ({card.year}), {card.source}"
-        lines.append(f"| `{card.id}` | {card.cls.site} | {'; '.join(needs(card)) or 'tokens only'} | {source} |")
+        lines.append(f"| `{card.id}` | {card.object.site} | {'; '.join(needs(card)) or 'tokens only'} | {source} |")
+    return "\n".join(lines)
+
+
+def others() -> str:
+    """Every other system in one Markdown table, by family."""
+    cards = sorted((card for card in systems() if not _reduces(card)), key=lambda card: (card.family, card.year, card.id))
+    if not cards:
+        return ""
+    lines = ["| id | family | where | source |", "|---|---|---|---|"]
+    for card in cards:
+        where = f"{card.object.__module__}.{card.object.__name__}"
+        lines.append(f"| `{card.id}` | {card.family} | `{where}` | {card.title} ({card.year}), {card.source} |")
     return "\n".join(lines)
 
 
 def page() -> str:
-    """docs/systems.md: every method with its idea and fields."""
-    parts = ["# Systems", "Written by `python -m jeton.measure.systems` from the registry; do not edit.", table()]
-    for card in methods():
+    """docs/systems.md: every system with its idea and fields."""
+    parts = ["# Systems", "Written by `python -m jeton.measure.systems` from the registry; do not edit.", table(), others()]
+    for card in systems():
         lines = [
             textwrap.fill(line, 110, subsequent_indent=" " * 4 if line[:1] == " " else "") for line in describe(card).split("\n")
         ]
         parts += [f"## {card.id}", "```text\n" + "\n".join(lines) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def results(measured: dict[str, Any]) -> str:
