@@ -191,6 +191,27 @@ def ask(
         typer.echo(f"overlay: {overlay}", err=True)
 
 
+@app.command()
+def train(
+    system: Annotated[str | None, typer.Argument(help="The system to train; default: list the recipes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for weights and results; default: trained/SYSTEM.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Train a system by its recipe. Needs jeton[train,demo].
+
+    [cyan]jeton train m3 --out trained/m3[/]
+    """
+    from .recipes import names, recipe, run
+
+    if system is None:
+        for name in names():
+            typer.echo(f"{name}: {(recipe(name).__doc__ or '').splitlines()[0]}")
+        return
+    out = out or Path("trained") / system
+    typer.echo(json.dumps(run(system, out, resume), indent=2))
+    typer.echo(f"written: {out}", err=True)
+
+
 def main() -> None:
     """Entry point of the `jeton` command."""
     app(prog_name="jeton")
