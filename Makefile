@@ -31,4 +31,5 @@ clean:
 
 .venv/testing: .venv/installed
 	$(PIP) --editable ".[test]"
+	$(PIP) --no-deps timm torchvision  # what timm imports of torchvision runs on any torch; its own pin would replace ours
 	touch $@

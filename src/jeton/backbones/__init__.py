@@ -1,0 +1,11 @@
+"""Vision backbones and token mixers: one file per system, named by its id.
+
+What timm or transformers keeps well is wrapped (`_timm.py`), not written again; only what they lack is built here. Every backbone
+gives class logits, feature maps at several strides, and the counts its paper published for each size.
+"""
+
+from __future__ import annotations
+
+from ._timm import Backbone, create
+
+__all__ = ["Backbone", "create"]
