@@ -31,5 +31,6 @@ clean:
 
 .venv/testing: .venv/installed
 	$(PIP) --editable ".[test]"
-	$(PIP) --no-deps timm torchvision  # what timm imports of torchvision runs on any torch; its own pin would replace ours
+	$(PIP) --no-deps timm  # with its dependencies another torch would come
+	$(PIP) --no-deps --target .venv/apart torchvision  # see tests/with_timm.py
 	touch $@

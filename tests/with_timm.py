@@ -1,27 +1,34 @@
-"""timm for tests, where torchvision was built for another torch than the one installed."""
+"""timm for tests, on a torch that no torchvision was built for.
+
+timm imports torchvision. One that does not fit the installed torch would break transformers, which uses what it finds; so it
+lies apart (`make test` puts it into .venv/apart) and is brought in here, after transformers has looked.
+"""
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import is_torchvision_available
 
-_LIBRARY: list[torch.library.Library] = []
+APART = Path(sys.prefix) / "apart"
+_KEPT: list[torch.library.Library] = []
 
 
 def timm():
-    """timm, or a skipped test. It imports torchvision, which registers kernels for two operators of its own extension; where
-    the extension does not load, the operators must exist all the same. Nothing calls them."""
-    if find_spec("timm") is None:
-        pytest.skip("timm is not installed", allow_module_level=True)
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
+    """timm, or a skipped test."""
+    if find_spec("timm") is None or not (is_torchvision_available() or APART.exists()):
+        pytest.skip("timm or torchvision is not installed", allow_module_level=True)
+    if not is_torchvision_available() and not _KEPT:
+        sys.path.append(str(APART))
+        # its extension does not load, but the operators it registers fake kernels for must exist; nothing calls them
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARY.append(library)
+        _KEPT.append(library)
     import timm
 
     return timm
