@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jeton.objectives.prior import Prior
 from jeton.train import Recipe, train
 
-caption = "a photograph of a {} cat on the sofa".split()
+caption = ["a", "photograph", "of", "a", "{}", "cat", "on", "the", "sofa"]
 words = ["<image>", *dict.fromkeys(caption), "black", "white", "red", "grey"]
 number = {word: at for at, word in enumerate(words)}
 

@@ -80,8 +80,12 @@ def test_the_reference_reads_the_text_without_the_image_whatever_stands_around_i
     shown = torch.tensor([[0, 0, 7, IMAGE, IMAGE, 8, 9, IMAGE, 10], [7, IMAGE, 8, IMAGE, 9, 10, 0, 0, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0]])
     found = prior.expected(shown, mask)
-    assert torch.allclose(found[0], torch.tensor([0, 0, 0, 0, 0, p[0], p[1], 0, p[2]]), atol=1e-6)
-    assert torch.allclose(found[1], torch.tensor([0, 0, p[0], 0, p[1], p[2], 0, 0, 0]), atol=1e-6)
+    none = torch.nan
+    right = torch.tensor([[none] * 5 + [p[0], p[1], none, p[2]], [none, none, p[0], none, p[1], p[2], none, none, none]])
+    assert torch.allclose(found, right, atol=1e-6, equal_nan=True)
+    weights = prior.weights(shown, mask, shown.masked_fill((mask == 0) | (shown == IMAGE), IGNORE))
+    assert weights[0, 2] == 1 and weights[1, 0] == 0  # nothing precedes the first word; the first column is never predicted
+    assert weights[0, 5:].sum() + weights[1, 2:].sum() == pytest.approx(6)
 
 
 def test_no_gradient_enters_the_reference_and_it_never_trains():

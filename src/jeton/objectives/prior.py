@@ -86,7 +86,7 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def expected(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, L) the probability of every token given the text before it; 0 for image tokens, padding and the first of a text.
+        """(B, L) the probability of every token given the text before it; NaN for image tokens, padding and the first of a text.
 
         The text is moved together, so that the reference reads it as it was trained to: without gaps.
         """
@@ -96,14 +96,17 @@ class Prior(nn.Module):
         logits = self.reference(input_ids=together, attention_mask=there.long()).logits
         # what is no text stands at the end and is given no probability
         aligned, labels = shifted(logits, together.masked_fill(~there, IGNORE))
-        p = torch.nn.functional.pad(probabilities(aligned, labels), (1, 0))
+        p = probabilities(aligned, labels).masked_fill(labels == IGNORE, torch.nan)
+        p = torch.nn.functional.pad(p, (1, 0), value=torch.nan)
         return torch.zeros_like(p).scatter(1, order, p)
 
     def weights(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """(B, L) the weight of every token that has a label."""
+        """(B, L) the weight of every token that has a label; 1, the mean, where no text precedes it to expect it from."""
         valid = labels != IGNORE
         valid[:, 0] = False  # nothing predicts the first token
-        return prior_weights(self.expected(input_ids, attention_mask), valid, **self.how)
+        p = self.expected(input_ids, attention_mask)
+        weights = prior_weights(p.nan_to_num(0.0), valid & ~p.isnan(), **self.how)
+        return torch.where(valid & p.isnan(), 1.0, weights)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"prior": loss} of a vision-language model on a batch."""
