@@ -180,10 +180,23 @@ class Entrance:
         columns, real = entry.columns(total), entry.real(total)
         if mask is None:
             return torch.ones_like(columns) if real is None else real.long()
+        if mask.dim() == 4 and mask.shape[2] == self.new:
+            return self._wide(mask, columns, real)
         if mask.dim() != 2:
-            raise ValueError("jeton cuts 2-D attention masks (batch, length); pass that instead of one with four axes.")
+            raise ValueError(f"an attention mask is (batch, length) or (batch, 1, new, length), got {tuple(mask.shape)}.")
         cut = mask.gather(1, columns)
         return cut if real is None else cut * real.to(cut.dtype)
+
+    def _wide(self, mask: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
+        """A mask (B, 1, new, length) that says for each query what it may look at, cut likewise."""
+        made = self.prompt.left
+        if made is not None and self.prompt.flow is not None:
+            mask = mask.gather(2, made.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        if real is None:
+            return mask
+        gone = ~real.bool()[:, None, None]
+        return mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
 
     def _cached(self, kwargs: dict) -> bool:
         if kwargs.get("past_key_values") is not None:
