@@ -25,7 +25,8 @@ class Geometry:
     source: (M, s) the encoder patches that make the token, counted from the image's first patch; -1 where there is none.
     unit: the picture (0: the only one or the thumbnail; then crops or frames), `NEWLINE` for structure. row, col: in tokens,
     within the unit. height, width: the unit's grid in tokens. crop_row, crop_col, crop_rows, crop_cols: where a crop stands
-    over the thumbnail. patches: encoder patches of the whole image. kinds: what each unit is.
+    over the thumbnail. time: the number of the frame within a video, else 0. patches: encoder patches of the whole image. kinds:
+    what each unit is.
     """
 
     source: Tensor
@@ -38,6 +39,7 @@ class Geometry:
     crop_col: Tensor
     crop_rows: Tensor
     crop_cols: Tensor
+    time: Tensor
     patches: int
     kinds: tuple[str, ...]
 
@@ -73,6 +75,7 @@ class Geometry:
             crop_col=crop % crops[1],
             crop_rows=torch.where(many, crops[0], one),
             crop_cols=torch.where(many, crops[1], one),
+            time=at if kinds[0] == "frame" else torch.zeros_like(unit),
             patches=patches,
             kinds=kinds,
         )
@@ -288,6 +291,7 @@ def _rows(slots: Sequence[Tensor], device: torch.device | str) -> Rows:
 
 
 def _places(geometry: Sequence[Geometry], width: int, device: torch.device | str) -> Place:
-    names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols")
+    names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols", "time")
     fields = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
-    return Place(**fields, units=max(len(item.kinds) for item in geometry))
+    sides = (max(int(item.height.max()) for item in geometry), max(int(item.width.max()) for item in geometry))
+    return Place(**fields, units=max(len(item.kinds) for item in geometry), sides=sides)

@@ -20,6 +20,9 @@ class Place:
 
     Any-resolution pictures also say how their crops lie over the thumbnail: `crop_row` and `crop_col` place the token's crop in
     a grid of `crop_rows` x `crop_cols` crops (all 0 for rows that are a single picture; the thumbnail's position is 0, 0).
+
+    Videos say when: `time` is the number of the token's frame within its video, 0 in every picture that does not move; None where
+    nobody knows, and then no unit follows another. `sides` are rows and columns of the largest grid of any unit.
     """
 
     unit: Tensor
@@ -32,6 +35,8 @@ class Place:
     crop_col: Tensor | None = None
     crop_rows: Tensor | None = None
     crop_cols: Tensor | None = None
+    time: Tensor | None = None
+    sides: tuple[int, int] | None = None
 
     @classmethod
     def grid(cls, batch: int, height: int, width: int, device: torch.device | str | None = None) -> Place:
@@ -43,7 +48,16 @@ class Place:
             cells % width,
             torch.full_like(cells, height),
             torch.full_like(cells, width),
+            sides=(height, width),
         )
+
+    @classmethod
+    def clip(cls, batch: int, frames: int, height: int, width: int, device: torch.device | str | None = None) -> Place:
+        """Each row is one video of equal frames of height x width patches, listed frame by frame."""
+        cells = torch.arange(frames * height * width, device=device).expand(batch, -1)
+        frame, cell = cells // (height * width), cells % (height * width)
+        high, wide = torch.full_like(cells, height), torch.full_like(cells, width)
+        return cls(frame, cell // width, cell % width, high, wide, frames, time=frame, sides=(height, width))
 
     def gather(self, index: Tensor) -> Place:
         """The places of the tokens at `index` (B, K)."""

@@ -33,7 +33,8 @@ def unit_sizes(unit: Tensor, units: int, mask: Tensor | None = None) -> Tensor:
 
 def split(total: Tensor | int, sizes: Tensor) -> Tensor:
     """Share `total` (B,) between units in proportion to their sizes (B, U): largest remainder, exact, lowest unit on ties."""
-    return allocate(sizes, total, sizes)
+    total = torch.minimum(torch.as_tensor(total, device=sizes.device).expand(sizes.shape[0]), sizes.sum(1))[:, None]
+    return _largest_remainder(total * sizes.double() / sizes.sum(1, keepdim=True).clamp(min=1), total)
 
 
 def shares(keep: int | float, per: str, sizes: Tensor) -> Tensor:
@@ -44,9 +45,15 @@ def shares(keep: int | float, per: str, sizes: Tensor) -> Tensor:
 def allocate(weights: Tensor, total: Tensor | int, caps: Tensor) -> Tensor:
     """(B, U) long: `total` (B,) in proportion to `weights` (B, U), none above `caps` (B, U); adds up to min(total, sum(caps)).
 
-    Whatever a full unit cannot take goes to the others in the same proportion, and where no weight is left, in proportion to
-    the caps. Fractions are settled by largest remainder, ties to the lowest unit.
+    Fractions (see `proportional`) are settled by largest remainder, ties to the lowest unit.
     """
+    total = torch.as_tensor(total, device=caps.device).expand(caps.shape[0])
+    return _largest_remainder(proportional(weights, total, caps), torch.minimum(total, caps.sum(1))[:, None])
+
+
+def proportional(weights: Tensor, total: Tensor | int, caps: Tensor) -> Tensor:
+    """(B, U) float64, the same before any rounding. Whatever a full unit cannot take goes to the others in the same proportion,
+    and where no weight is left, in proportion to the caps."""
     assert weights.shape == caps.shape and weights.dim() == 2
     total = torch.as_tensor(total, device=caps.device).expand(caps.shape[0])
     total = torch.minimum(total, caps.sum(1))[:, None]
@@ -59,8 +66,7 @@ def allocate(weights: Tensor, total: Tensor | int, caps: Tensor) -> Tensor:
         open_weight = torch.where(alone, caps.double().masked_fill(full, 0), open_weight)
         quota = left * open_weight / open_weight.sum(1, keepdim=True).clamp(min=1e-300)
         full = full | (quota >= caps)
-    quota = torch.where(full, caps.double(), quota)
-    return _largest_remainder(quota, total)
+    return torch.where(full, caps.double(), quota)
 
 
 def _largest_remainder(quota: Tensor, total: Tensor) -> Tensor:

@@ -33,6 +33,18 @@ def boxes(place: Place, mask: Tensor | None = None) -> Boxes:
     return Boxes(*low, *((b - a + 1).clamp(min=1) for a, b in zip(low, high, strict=True)))
 
 
+def lookup(place: Place, mask: Tensor | None = None) -> Tensor:
+    """(B, U, H, W) which token shows row h, column w of each unit, N where none does; H, W are `place.sides`."""
+    if place.sides is None:
+        raise ValueError("these tokens do not say how large their grids are; build their Place with sides=(rows, columns).")
+    (b, n), (height, width) = place.unit.shape, place.sides
+    stands = place.unit >= 0 if mask is None else mask & (place.unit >= 0)
+    total = place.units * height * width
+    cell = torch.where(stands, (place.unit * height + place.row) * width + place.col, total)
+    here = torch.arange(n, device=cell.device).expand(b, n)
+    return cell.new_full((b, total + 1), n).scatter(1, cell, here)[:, :-1].unflatten(1, (place.units, height, width))
+
+
 def cells(place: Place, quota: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cut each unit into quota[b, u] cells: (B, N) number of each token's cell in its row (-1 for none), and (B, N) its squared
     distance to the middle of that cell (in quarter patches, whole numbers).
