@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Reduction
+from .ranking import rank_in_units
 
 
 def merge(
@@ -51,3 +52,16 @@ def add_mean_weight(into: Tensor) -> Tensor:
     target = into.masked_fill(~goes, n)
     total = goes.new_zeros(into.shape[0], n + 1, dtype=torch.float32).scatter_add(1, target, goes.float())
     return torch.where(goes, 1 / total.gather(1, target).clamp(min=1), 1.0)
+
+
+def fold_weight(into: Tensor) -> Tensor:
+    """(B, N) weights of the rule ``x <- (x + dropped) / 2``, applied to the dropped tokens in their order: with m of them the one
+    that stays has 2^-m, the j-th of them (from 0) 2^(j - m)."""
+    n = into.shape[1]
+    here = torch.arange(n, device=into.device).expand_as(into)
+    goes = (into != here) & (into >= 0)
+    group = into.masked_fill(~goes, n)
+    fold = rank_in_units(n - here, group, n + 1)
+    total = into.new_zeros(into.shape[0], n + 1).scatter_add(1, group, goes.long())
+    number = torch.where(goes, fold - total.gather(1, group), -total[:, :n])
+    return torch.exp2(number.float()).masked_fill(into < 0, 0)
