@@ -31,7 +31,9 @@ def texture(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.tensor(np.stack(planes), dtype=torch.float32)
 
 
-def moving_digit(frames: int, height: int, width: int, number: int = 0, step: int = 4, seed: int = 0, noise: float = 0.0) -> Tensor:
+def moving_digit(
+    frames: int, height: int, width: int, number: int = 0, step: int = 4, seed: int = 0, noise: float = 0.0
+) -> Tensor:
     """(frames, 3, height, width): digit `number`, 8 x 8 pixels in white, goes `step` pixels to the right in every frame."""
     scene = texture(height, width, seed)
     generator = torch.Generator().manual_seed(seed)

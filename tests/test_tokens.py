@@ -9,7 +9,7 @@ import torch
 
 from jeton.ops.merging import merge
 from jeton.place import Place
-from jeton.tokens import Reduction, Tokens, gather
+from jeton.tokens import Entries, Reduction, Tokens, gather
 
 B, N, D = 3, 12, 5
 
@@ -186,3 +186,39 @@ def test_wrong_shapes_are_refused_with_a_sentence(x):
         drop().then(drop())
     with pytest.raises(ValueError, match="restore expects"):
         drop().restore(Tokens(x))
+
+
+# -- entries -----------------------------------------------------------------------------------------------------------------
+
+
+def listed():
+    """Tokens 0 and 1 make a, tokens 1 and 2 make b, token 3 takes no part; one entry says nothing."""
+    row, column = torch.tensor([[0, 0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 2, 3]])
+    value = torch.tensor([[0.5, 0.5, 0.25, 0.75, 0.0]])
+    assign = torch.tensor([[0, 0, 1, -1]])
+    return Reduction(torch.tensor([[0, 2]]), assign, entries=Entries(row, column, value))
+
+
+def test_a_list_of_entries_says_the_same_as_its_dense_matrix():
+    made = listed()
+    assert made.dense.tolist() == [[[0.5, 0.5, 0, 0], [0, 0.25, 0.75, 0]]] and not made.is_drop
+    x = torch.randn(1, 4, 3)
+    dense = Reduction(made.index, made.assign, matrix=made.dense)
+    torch.testing.assert_close(made.mix(x), made.dense @ x)
+    old = torch.tensor([[1.0, 3.0, 2.0, 5.0]])
+    one, two = (each.apply(Tokens(x, size=old)) for each in (made, dense))
+    torch.testing.assert_close(one.size, two.size)
+    assert one.size.tolist() == [[3.0, 3.0]]  # token 1 is shared two to one
+    assert made.mix(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_list_of_entries_chains_and_picks_rows():
+    made = listed()
+    x = torch.randn(1, 4, 3)
+    half = Reduction.soft(torch.tensor([[[0.5, 0.5]]]))
+    torch.testing.assert_close(made.then(half).mix(x), half.mix(made.mix(x)))
+    torch.testing.assert_close(Reduction.identity(1, 4).then(made).mix(x), made.mix(x))
+    entries = made.entries[torch.tensor([0, 0])]
+    both = Reduction(made.index.expand(2, -1), made.assign.expand(2, -1), entries=entries)
+    y = torch.randn(2, 4, 3)
+    torch.testing.assert_close(both.mix(y), made.dense.expand(2, -1, -1) @ y)

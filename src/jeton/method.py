@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from . import registry
@@ -136,6 +137,42 @@ class LayerKeys(Need):
     """(B, N, d) attention keys after RoPE, averaged over heads, of the language-model layer the method stands in front of."""
 
 
+@dataclass(frozen=True, eq=False)
+class Given(Need):
+    """(B, U) numbers from outside, one for each frame of each video. `values`: one list of numbers for each video that is encoded
+    together, in their order, or a function without arguments that gives these lists whenever videos are encoded. Where a model
+    joins consecutive frames (Qwen2.5-VL: two) their numbers are averaged. Pictures that are no videos have 1."""
+
+    values: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and self.values is other.values
+
+    def __hash__(self) -> int:
+        return id(self.values)
+
+    def rows(self, frames: list[int]) -> Tensor:
+        """(R, U) float32 for videos that have so many frames in the model, 0 behind the last."""
+        lists = self.values() if callable(self.values) else self.values
+        lists = [torch.as_tensor(each, dtype=torch.float32).flatten().cpu() for each in lists]
+        if len(lists) != len(frames):
+            raise ValueError(f"numbers are given for {len(lists)} videos, but {len(frames)} are encoded; give one list for each.")
+        return torch.stack([self._fitted(each, count, max(frames)) for each, count in zip(lists, frames, strict=True)])
+
+    @staticmethod
+    def _fitted(numbers: Tensor, frames: int, width: int) -> Tensor:
+        joined = -(-len(numbers) // frames)
+        if len(numbers) == 0 or -(-len(numbers) // joined) != frames:
+            raise ValueError(
+                f"{len(numbers)} numbers are given for a video that has {frames} frames in the model; give one for each frame, "
+                f"or for each of those that the model joins."
+            )
+        if not bool(torch.isfinite(numbers).all()):
+            raise ValueError(f"the numbers given for the frames of a video must be finite, got {numbers.tolist()}.")
+        parts = torch.stack([part.mean() for part in numbers.split(joined)])
+        return torch.nn.functional.pad(parts, (0, width - frames))
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -182,11 +219,11 @@ class Method:
 
     @property
     def spec(self) -> str:
-        """The method written as a spec, with the fields that differ from their defaults."""
+        """The method written as a spec, with the fields that differ from their defaults (values for one batch left out)."""
         shown = []
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
-            if item.init and value != item.default:
+            if item.init and item.repr and value != item.default:
                 shown.append(f"{item.name}={value!r}")
         return f"{self.card.id}({', '.join(shown)})" if shown else self.card.id
 

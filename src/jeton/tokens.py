@@ -74,14 +74,49 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """A matrix as the list of its entries: ``A[row, column] = value``, each (B, E). Entries of value 0 say nothing."""
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Entries:
+        """The entries of some matrices of the batch."""
+        return Entries(self.row[rows], self.column[rows], self.value[rows])
+
+    def mix(self, x: Tensor, k: int) -> Tensor:
+        """``A @ x`` in float32 for x (B, N, C), giving (B, k, C); never more than N products at a time."""
+        b, n, c = x.shape
+        base = torch.arange(b, device=x.device)[:, None] * k
+        out = torch.zeros(b * k, c, dtype=torch.float32, device=x.device)
+        for start in range(0, self.row.shape[1], n):
+            part = slice(start, start + n)
+            products = gather(x, self.column[:, part]).float() * self.value[:, part, None]
+            out = out.index_add(0, (self.row[:, part] + base).flatten(), products.flatten(0, 1))
+        return out.unflatten(0, (b, k))
+
+    def sizes(self, old: Tensor, k: int) -> Tensor:
+        """(B, k) sizes after, where each old token of size old (B, N) is shared by the new ones in proportion to its entries."""
+        total = torch.zeros_like(old).scatter_add(1, self.column, self.value)
+        share = self.value * (old / total.clamp(min=1e-12)).gather(1, self.column)
+        return old.new_zeros(old.shape[0], k).scatter_add(1, self.row, share)
+
+    def dense(self, k: int, n: int) -> Tensor:
+        flat = self.value.new_zeros(self.value.shape[0], k * n)
+        return flat.scatter_add(1, self.row * n + self.column, self.value).unflatten(1, (k, n))
+
+
+@dataclass(frozen=True)
 class Reduction:
     """N tokens become K: the matrix ``A`` in compact form.
 
     index: (B, K) for each new token the old token that represents it (gives it position and place), ascending; the
-    representative is itself one of the tokens that went there, except under a dense `matrix`.
+    representative is itself one of the tokens that went there, except under a dense `matrix` or a list of `entries`.
     assign: (B, N) for each old token the new token it went to, -1 if dropped.
     weight: (B, N) float32, the entry ``A[assign[n], n]``; None means 1 for the representative and nothing else: a pure drop.
     matrix: (B, K, N) float32 for dense soft assignments; then `weight` is unused.
+    entries: the matrix as a list, for sparse ones in which a token takes part in several new ones; then `weight` is unused.
     mask: (B, K) true where the new token is real; None when all are.
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
@@ -94,6 +129,7 @@ class Reduction:
     mask: Tensor | None = None
     order: Tensor | None = None
     prefix: int = 0
+    entries: Entries | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.assign.dim() != 2 or self.index.shape[0] != self.assign.shape[0]:
@@ -156,7 +192,12 @@ class Reduction:
     @property
     def is_drop(self) -> bool:
         """True if no new token mixes old ones."""
-        return self.weight is None and self.matrix is None
+        return self.weight is None and not self.is_soft
+
+    @property
+    def is_soft(self) -> bool:
+        """True if an old token may take part in several new ones."""
+        return self.matrix is not None or self.entries is not None
 
     @property
     def is_identity(self) -> bool:
@@ -182,6 +223,8 @@ class Reduction:
         """(B, K, N) float32: the matrix written out. For looking and testing; nothing on a hot path needs it."""
         if self.matrix is not None:
             return self.matrix
+        if self.entries is not None:
+            return self.entries.dense(self.k, self.n)
         row = torch.arange(self.k, device=self.index.device)[None, :, None]
         return (self.assign[:, None, :] == row).float() * self._entries[:, None, :]
 
@@ -194,6 +237,8 @@ class Reduction:
         flat = x.reshape(x.shape[0], x.shape[1], -1)
         if self.matrix is not None:
             out = self.matrix.to(flat.device) @ flat.float()
+        elif self.entries is not None:
+            out = self.entries.mix(flat, self.k)
         elif self.mask is None:
             out = self._gather_and_add(flat)
         else:
@@ -241,7 +286,7 @@ class Reduction:
         if self.mask is not None:
             kept = self.mask.gather(1, after.index)
             mask = kept if mask is None else kept & mask
-        if self.matrix is not None or after.matrix is not None:
+        if self.is_soft or after.is_soft:
             return Reduction(
                 index,
                 self._through(after),
@@ -296,6 +341,8 @@ class Reduction:
         if self.matrix is not None:
             share = self.matrix / self.matrix.sum(1, keepdim=True).clamp(min=1e-12)
             return (share @ old[..., None])[..., 0]
+        if self.entries is not None:
+            return self.entries.sizes(old, self.k)
         return self._scatter(old[..., None])[..., 0]
 
     def _grown(self, tokens: Tokens) -> Tensor | None:

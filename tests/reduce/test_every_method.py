@@ -23,7 +23,7 @@ ROWS_OF_ATTENTION = sorted(
         if isinstance(need, ClassAttention | LastAttention)
     }
 )
-EXACT = [card for card in BUDGETED if card.id != "downsample"]
+EXACT = [card for card in BUDGETED if card.id not in ("downsample", "quota")]  # whole grids, at most as large as asked
 
 
 def ids(card: Card) -> str:

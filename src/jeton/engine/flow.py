@@ -6,13 +6,14 @@ Two values. `Flow` lives for one forward; `Memory` lives as long as a key/value 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Album, Layout, Rows
 from ..method import Need
-from ..tokens import Reduction
+from ..tokens import Entries, Reduction
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Step:
 
     def pick(self, images: Tensor) -> Step:
         r = self.reduction
-        fields = {name: None if value is None else value[images] for name, value in _tensors(r).items()}
+        fields: dict[str, Any] = {name: None if value is None else value[images] for name, value in _parts(r).items()}
         return Step(self.before.pick(images), replace(r, **fields), self.prefix, self.after.pick(images))
 
 
-def _tensors(reduction: Reduction) -> dict[str, Tensor | None]:
-    return {name: getattr(reduction, name) for name in ("index", "assign", "weight", "matrix", "mask", "order")}
+def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
+    return {name: getattr(reduction, name) for name in ("index", "assign", "weight", "matrix", "mask", "order", "entries")}
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Scene:
     special: Tensor | None = None
     met: bool = False
     trail: list[Step] = field(default_factory=list)
+    given: dict[Need, Tensor] = field(default_factory=dict)
 
     @property
     def reduced(self) -> bool:
@@ -60,7 +62,8 @@ class Scene:
             return replace(self, trail=list(self.trail))
         at = torch.tensor(images, device=self.rows.slot.device)
         trail = [step.pick(at) for step in self.trail]
-        return replace(self, album=album, rows=self.rows.pick(at), trail=trail)
+        given = {need: value[at] for need, value in self.given.items()}
+        return replace(self, album=album, rows=self.rows.pick(at), trail=trail, given=given)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..layout import Album, Layout, read_layout
+from ..method import Given, Need
 from .flow import Flow, Scene
 from .prompt import Prompt
 
@@ -54,7 +56,16 @@ class Gallery:
         album = Album.of(tuple(prompt.view.geometry(inputs, stream)), device)
         rows = album.candidates(self.structure)
         prompt.run.encoding(rows.slot.shape[1])
-        prompt.scene = Scene(album, rows)
+        prompt.scene = Scene(album, rows, given=self._given(album, stream))
+
+    def _given(self, album: Album, stream: str) -> dict[Need, Tensor]:
+        """(R, U) numbers from outside, for the units of every picture."""
+        units, device = album.place.units, album.source.device
+        frames = [len(item.kinds) for item in album.geometry]
+        asked = [need for method in self.prompt.run.methods for need in method.needs().values() if isinstance(need, Given)]
+        if stream == "video":
+            return {need: need.rows(frames).to(device) for need in asked}
+        return {need: torch.ones(len(album), units, device=device) for need in asked}
 
     def _close(self, stream: str, output: Any) -> None:
         prompt = self.prompt
@@ -104,7 +115,15 @@ class Gallery:
         first = parts[0][0]
         layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length)
         signals = {need: torch.cat([scene.signals[need] for scene in scenes]) for need in scenes[0].signals}
-        return Flow.start(layout, Scene(shown, shown.candidates(self.structure), signals=signals), self.structure)
+        at, units = [number for _, _, number, _ in order], shown.place.units
+        given = {
+            need: torch.cat(
+                [torch.nn.functional.pad(each.given[need], (0, units - each.given[need].shape[1])) for each in scenes]
+            )[at]
+            for need in scenes[0].given
+        }
+        scene = Scene(shown, shown.candidates(self.structure), signals=signals, given=given)
+        return Flow.start(layout, scene, self.structure)
 
 
 def _put_back(base: Any, name: str, own: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..method import ClassAttention, Keys, LastAttention, Method, Need, ReceivedAttention, Unsupported, get
+from ..method import ClassAttention, Given, Keys, LastAttention, Method, Need, ReceivedAttention, Unsupported, get
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
 from .clock import Clock
@@ -223,6 +223,9 @@ class Run:
                 self._refuse(method, lacks, option, "the class token's attention")
             if isinstance(need, LastAttention) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
+
+            if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
+                self._refuse(method, "takes no videos", f"{method.card.id} without them", "numbers for the frames of videos")
 
     def _refuse(self, method: Method, lacks: str, instead: str, reads: str = "") -> None:
         reading = f" reads {reads}, but" if reads else " cannot be applied:"

@@ -31,6 +31,7 @@ _SIGNALS = {
     "LastAttention": "the attention of the prompt's last token",
     "TextAttention": "the attention of the words that matter for the image",
     "VisualAttention": "the attention visual tokens receive from each other",
+    "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",
 }
 

@@ -1,4 +1,4 @@
-"""HoliTom: what stands still is kept once, the rest by attention; inside the language model the losers fold into the survivors."""
+"""HoliTom: what stands still is kept once, the rest by attention; later the losers fold into the survivors."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class HoliTom(Method):
     stays all the way; the cut that saves most is found by dynamic programming (segments of at most `window` frames). In a segment
     such positions are static: one token each, the mean over time, at the place of its first frame. All others are dynamic. With
     rho = min(1, rho0 F N / (F N - saved)) a frame of n dynamic tokens keeps m = n rho: the best round(m (1 - contextual)) by
-    attention received in the encoder, and clusters of the others (DPC-KNN, `neighbours` nearest) instead of the rest. The n static
-    tokens of a segment become n rho clusters. A cluster is beta · centre + (1 - beta) · mean of its other members, or its centre
-    where there are none. A picture that is no frame, crops included, is a clip of one frame.
+    attention received in the encoder, and clusters of the others (DPC-KNN, `neighbours` nearest) instead of the rest. The n
+    static tokens of a segment become n rho clusters. A cluster is beta · centre + (1 - beta) · mean of its other members, or its
+    centre where there are none. A picture that is no frame, crops included, is a clip of one frame.
 
-    Inner stage, in front of layer `inner_layer` (None: 18 of 28, scaled to the depth): the tokens the prompt's last token attended
-    to most in the layer before stay, round(V (1 - drop)) of them. Each other one goes to the survivor of highest cosine, in
-    order, by x <- (x + dropped) / 2 (`rule` "halving": the last one weighs most), or all that go there are averaged with it
+    Inner stage, in front of layer `inner_layer` (None: 18 of 28, scaled to the depth): the tokens that the prompt's last token
+    attended to most in the layer before stay, round(V (1 - drop)) of them. Each other one goes to the survivor of highest cosine,
+    in order, by x <- (x + dropped) / 2 (`rule` "halving": the last one weighs most), or all that go there are averaged with it
     ("mean_all"). Positions stay what they were. `drop` 0 leaves this stage out.
 
     `keep` is what is left at the end, so the paper's retained ratio is rho0 = keep / (1 - drop), at most 1: 0.125 stands for rho0
@@ -76,7 +76,12 @@ class HoliTom(Method):
         check_keep(self.keep)
         for name in ("contextual", "beta", "drop"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 or (name, value) == ("drop", 1):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value <= 1
+                or (name, value) == ("drop", 1)
+            ):
                 raise ValueError(f"{name} is a share, from 0 to {'below ' if name == 'drop' else ''}1, got {value!r}.")
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 1:
             raise ValueError(f"threshold is a cosine, from -1 to 1, got {self.threshold!r}.")
@@ -273,7 +278,7 @@ class _Still:
         return self.static & (self.first == frames)[..., None]
 
     def merged(self, tokens: Tokens, into: Tensor, weight: Tensor, fixed: Tensor, how: _Outer) -> tuple[Tensor, Tensor]:
-        """Static tokens go to the centre of their position's cluster, at the first frame of the segment; `fixed` (B, U) clusters."""
+        """Static tokens go to the centre of their position's cluster (`fixed` (B, U) of them), at the segment's first frame."""
         x = self.cells.of(tokens.features).float() * self.static[..., None]
         segment = self.first[..., None, None].expand_as(x)
         length = torch.zeros_like(self.first).scatter_add(1, self.first, torch.ones_like(self.first))
