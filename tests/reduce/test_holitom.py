@@ -166,6 +166,14 @@ def test_pictures_that_do_not_move_are_never_merged_over_time():
     assert get("holitom", keep=0.5, drop=0).reduce(tokens, signals).dense.count_nonzero(2).amax() > 1
 
 
+@pytest.mark.parametrize("fields", [{}, {"contextual": 0.4}, {"published_rounding": True}], ids=str)
+def test_nothing_waits_for_the_device_on_a_clip(fields):
+    tokens = Tokens(torch.randn(2, 72, 5, device="meta"), place=Place.clip(2, 6, 3, 4, device="meta"))
+    signals = {"attention": torch.rand(2, 72, device="meta"), "last": torch.rand(2, 72, device="meta")}
+    step = get("holitom", keep=10, **fields).reduce(tokens, signals)
+    assert len(step.apply(tokens)) == step.k == 10
+
+
 def test_a_clip_alone_equals_the_same_clip_beside_longer_and_larger_ones():
     short, quiet = clip(3, 2, 3, seed=1)
     long, loud = clip(5, 3, 4, seed=2)

@@ -6,7 +6,7 @@ number of tokens per unit, (B, U), 0 where a unit goes; k is the most that any r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def adaptive(place: Place, rows: Tensor, cols: Tensor, k: int, mask: Tensor | No
     new = _lay(place, rows, cols, k, mask)
     here, (y, high, h), (x, wide, w), start = new.old
     column = torch.arange(new.n, device=here.device).expand_as(here)
-    slots = []
+    slots: list[tuple[Tensor, Tensor, Tensor]] = []
     for i in (y * h // high, -(-(y + 1) * h // high) - 1):
         for j in (x * w // wide, -(-(x + 1) * w // wide) - 1):
             again = [(i == a) & (j == b) for _, a, b in slots]
@@ -92,10 +92,10 @@ def merged(tokens: Tokens, budget: Tensor, k: int) -> Reduction:
     """Merge each unit down to its budget by bipartite soft matching of its features, at most half of it in a round, into means
     weighted by size."""
     assert tokens.place is not None
-    table = lookup(tokens.place, tokens.mask)
-    cells = table.flatten(2)
-    step = _matched(*(part.flatten(0, 1) for part in _on_cells(tokens, cells)), budget.flatten()[:, None])
-    cell = step.index.gather(1, step.assign.clamp(min=0)).masked_fill(step.assign < 0, 0).view_as(cells)
+    cells = lookup(tokens.place, tokens.mask).flatten(2)
+    x, there, size = (part.flatten(0, 1) for part in _on_cells(tokens, cells))
+    step = _matched(x, there, size, budget.flatten()[:, None])
+    cell = step.index.gather(1, step.assign.clamp(min=0)).view_as(cells)
     return _gathered(tokens, cells, cells.gather(2, cell), _entries(step).view(cells.shape), budget, k)
 
 
@@ -104,13 +104,13 @@ def merged_by_axes(tokens: Tokens, rows: Tensor, cols: Tensor, k: int) -> Reduct
     assert tokens.place is not None
     table = lookup(tokens.place, tokens.mask)
     b, u, height, width = table.shape
-    x, there, size = _on_cells(tokens, table)
-    first = _matched(*(part.flatten(0, 2) for part in (x, there, size)), cols[..., None].expand(-1, -1, height).reshape(-1, 1))
-    lines = first.apply(Tokens(x.flatten(0, 2), there.flatten(0, 2), size=size.flatten(0, 2)))
-    down = [
+    x, there, size = (part.flatten(0, 2) for part in _on_cells(tokens, table))
+    first = _matched(x, there, size, cols[..., None].expand(-1, -1, height).reshape(-1, 1))
+    lines = first.apply(Tokens(x, there, size=size))
+    x, there, size = (
         part.unflatten(0, (b, u, height)).transpose(2, 3).flatten(0, 2) for part in (lines.features, lines.real, lines.weight)
-    ]
-    second = _matched(*down, rows[..., None].expand(-1, -1, width).reshape(-1, 1))
+    )
+    second = _matched(x, there, size, rows[..., None].expand(-1, -1, width).reshape(-1, 1))
     across = first.assign.clamp(min=0).view(b, u, height, width)
     turn = second.assign.clamp(min=0).view(b, u, width, height).transpose(2, 3).gather(3, across)
     row = second.index.view(b, u, -1).gather(2, (across * height + turn).flatten(2))
@@ -124,7 +124,8 @@ def merged_by_axes(tokens: Tokens, rows: Tensor, cols: Tensor, k: int) -> Reduct
 # -- private -----------------------------------------------------------------------------------------------------------
 
 
-class _New(NamedTuple):
+@dataclass(frozen=True)
+class _New:
     """The tokens of the new grids, (B, k) each: their unit, row, col in a grid of rows x cols, over a box of tall x wide old ones
     from top, left. Of the old ones: `old` says which take part, and of both axes where they stand, and in what."""
 
@@ -146,11 +147,11 @@ class _New(NamedTuple):
     old: tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]
 
     def slot_of(self, cell: Tensor) -> Tensor:
-        """New tokens in their final order, of cells counted unit by unit; -1 for none."""
-        return _order(self.place_of, cell)
+        """(B, M) new tokens, as they finally stand, of cells counted unit by unit; -1 for none."""
+        return _standing(self.place_of, cell)
 
 
-def _order(place_of: Tensor, cell: Tensor) -> Tensor:
+def _standing(place_of: Tensor, cell: Tensor) -> Tensor:
     inside = (cell >= 0) & (cell < place_of.shape[1])
     return place_of.gather(1, cell.clamp(min=0, max=place_of.shape[1] - 1)).masked_fill(~inside, -1)
 
@@ -181,7 +182,7 @@ def _lay(place: Place, rows: Tensor, cols: Tensor, k: int, mask: Tensor | None) 
     y, x = place.row - otop, place.col - oleft
     here = stands & (oh > 0)
     nearest = start + (2 * y + 1) * oh // (2 * otall) * ow + (2 * x + 1) * ow // (2 * owide)
-    assign = _order(place_of, nearest.masked_fill(~here, -1))
+    assign = _standing(place_of, nearest.masked_fill(~here, -1))
     old = (here, (y, otall, oh), (x, owide, ow), start)
     index = middle.masked_fill(~real, 0)
     return _New(table, n, unit, row, col, h, w, top, left, tall, wide, real, index, assign, place_of, old)

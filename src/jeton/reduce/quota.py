@@ -36,8 +36,8 @@ class Quota(Method):
     scores are 0, and where none are given, all frames weigh the same. The shares are realised by `resize`: "bilinear" (v1 of
     the release) interpolates the frame's grid to floor(sqrt(c)) rows and columns, one side longer by one if that still fits
     (on a grid that is not square, in its proportions); "adaptive" (v2) averages cells of that grid; "linspace" (v3) picks c
-    tokens evenly; "merge" (v4) merges them down to c by rounds of bipartite soft matching; "separable" (v5) does so along the rows and
-    then along the columns of the grid.
+    tokens evenly; "merge" (v4) merges them down to c by rounds of bipartite soft matching; "separable" (v5) does so along the
+    rows and then along the columns of the grid.
 
     `scores`: one list of numbers from 0 to 1 for each video of the batch, or a function that gives these lists when videos are
     encoded. They come from a scorer, a callable ``scorer(frames, query) -> scores`` such as `FrameScorer`; the query may have
@@ -207,8 +207,8 @@ class Chat:
 @dataclass(frozen=True)
 class FrameScorer:
     """Rates frames by a vision-language model of transformers with its processor: the probability, over the whole vocabulary, of
-    the token `yes` as the first one of its answer to `Query.about_a_frame`. Each frame has a prompt of its own, `batch` at a time.
-    The paper uses Qwen2-VL-2B."""
+    the token `yes` as the first one of its answer to `Query.about_a_frame`. Each frame has its own prompt, `batch` at a time. The
+    paper uses Qwen2-VL-2B."""
 
     model: Any
     processor: Any
