@@ -283,13 +283,20 @@ class _Still:
         segment = self.first[..., None, None].expand_as(x)
         length = torch.zeros_like(self.first).scatter_add(1, self.first, torch.ones_like(self.first))
         mean = torch.zeros_like(x).scatter_add(1, segment, x) / length.clamp(min=1)[..., None, None]
-        begins = self._begins.flatten(0, 1)
-        centre, share = how.mix(mean.flatten(0, 1), fixed.flatten()[:, None], begins)
-        table = self.cells.table
-        target = table.flatten(0, 1).gather(1, centre.clamp(min=0)).masked_fill(centre < 0, -1).view_as(table)
-        share = share.view(table.shape) / length.clamp(min=1)[..., None]
-        target, share = self.cells.back(_at(target, self.first)), self.cells.back(_at(share, self.first))
+        begins, table = self._begins, self.cells.table
+        # a static set takes two frames at least, so that half of them hold all beginnings
+        at = (~begins.any(2)).to(torch.uint8).argsort(dim=1, stable=True)[:, : table.shape[1] // 2]
+        x, rows, begins = (gather(each, at).flatten(0, 1) for each in (mean, table, begins))
+        centre, share = how.mix(x, fixed.gather(1, at).flatten()[:, None], begins)
+        target = rows.gather(1, centre.clamp(min=0)).masked_fill(centre < 0, -1)
+        share = share / length.gather(1, at).flatten()[:, None].clamp(min=1)
+        target, share = (self._everywhere(each.view(*at.shape, -1), at) for each in (target, share))
         return torch.where(self.token, target, into), torch.where(self.token, share, weight)
+
+    def _everywhere(self, x: Tensor, at: Tensor) -> Tensor:
+        """(B, N) what static tokens find at the beginning of their segment; x (B, S, P) stands at the frames `at` (B, S)."""
+        spread = x.new_zeros(self.static.shape).scatter(1, at[..., None].expand_as(x), x)
+        return self.cells.back(_at(spread, self.first))
 
 
 def _at(x: Tensor, frame: Tensor) -> Tensor:
