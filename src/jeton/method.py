@@ -79,9 +79,11 @@ class Promise:
 @dataclass(frozen=True)
 class Need:
     """A signal a method declares. `layer` counts encoder blocks or language-model layers; negative counts from the one whose
-    output is used (-1: the block that makes the features handed on); None means the block the method itself stands in."""
+    output is used (-1: the block that makes the features handed on); None means the block the method itself stands in. `heads`:
+    the signal is (B, H, N), heads before tokens."""
 
     layer: int | None = None
+    heads: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,24 @@ class ClassAttention(Need):
 
     layer: int | None = -1
     logits: bool = False
+    heads: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class MeanAttention(Need):
+    """(B, H, N) attention of the mean query of a picture's tokens over them: what stands in for a class token that an encoder does
+    not have."""
+
+    layer: int | None = -1
+    heads: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class ClassSimilarity(Need):
+    """(B, H, N) softmax over all tokens of the inner product of the class token's attention value with theirs, not scaled."""
+
+    layer: int | None = -1
+    heads: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,16 @@ class Keys(Need):
 
 
 @dataclass(frozen=True)
+class Values(Need):
+    """(B, N, d) attention values averaged over heads."""
+
+    layer: int | None = -1
+
+
+IN_ENCODER = (ClassAttention, MeanAttention, ClassSimilarity, ReceivedAttention, Keys, Values)
+
+
+@dataclass(frozen=True)
 class LastAttention(Need):
     """(B, H, N) attention of the prompt's last token over the row's tokens, at a language-model layer, after softmax over all
     keys. None means the layer before the one the method stands in front of; with `ahead`, that very layer, computed from its own
@@ -114,6 +144,24 @@ class LastAttention(Need):
 
     layer: int | None = None
     ahead: bool = False
+    heads: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LastSimilarity(Need):
+    """(B, H, N) softmax over all keys of the inner product of the last token's attention value with the values of the row's tokens,
+    scaled as attention is, at a language-model layer. None means the layer before the one the method stands in front of."""
+
+    layer: int | None = None
+    heads: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LayerValues(Need):
+    """(B, N, d) attention values averaged over heads, at a language-model layer. None means the layer before the one the method
+    stands in front of."""
+
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +230,8 @@ class Method:
     `site` is where it acts (one of `SITES`). `point` says where inside a block: "before" it, in the "middle" between attention
     and MLP, or "after" it. `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them
     beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
-    of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block).
+    of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
+    the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
     """
 
     card: ClassVar[Card]
@@ -191,6 +240,7 @@ class Method:
     newlines: ClassVar[str] = "keep"
     prefix_tokens: ClassVar[bool] = False
     proportional: bool = False
+    virtual: bool = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""

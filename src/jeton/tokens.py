@@ -23,7 +23,8 @@ class Tokens:
     features: (B, N, D). mask: (B, N) true where the token is real, None when all are. index: (B, N) original index of each
     token, None for 0..N-1. size: (B, N) how many originals each token stands for, None for 1. prefix: how many special tokens
     (class, registers) stand in front; no method reduces those. place: the geometry, where it is known. order: (B, N) rank of
-    each token in the listing of the published method, None where the tokens stand in that order already.
+    each token in the listing of the published method, None where the tokens stand in that order already. score: (B, N) a score
+    that a method carries from block to block, None where it carries none.
     """
 
     features: Tensor
@@ -33,11 +34,12 @@ class Tokens:
     prefix: int = 0
     place: Place | None = None
     order: Tensor | None = None
+    score: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.features.dim() != 3:
             raise ValueError(f"Tokens.features must be (B, N, D), got {tuple(self.features.shape)}.")
-        for name in ("mask", "index", "size", "order"):
+        for name in ("mask", "index", "size", "order", "score"):
             value = getattr(self, name)
             if value is not None and value.shape != self.features.shape[:2]:
                 raise ValueError(f"Tokens.{name} must be {tuple(self.features.shape[:2])}, got {tuple(value.shape)}.")
@@ -120,6 +122,7 @@ class Reduction:
     mask: (B, K) true where the new token is real; None when all are.
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
+    score: (B, K) the score a method hands to its next step; None passes on the score that tokens carry already.
     """
 
     index: Tensor
@@ -129,6 +132,7 @@ class Reduction:
     mask: Tensor | None = None
     order: Tensor | None = None
     prefix: int = 0
+    score: Tensor | None = None
     entries: Entries | None = None
 
     def __post_init__(self) -> None:
@@ -246,10 +250,10 @@ class Reduction:
         return out.to(x.dtype).reshape(x.shape[0], self.k, *x.shape[2:])
 
     def apply(self, tokens: Tokens) -> Tokens:
-        """The reduced tokens, with index, size, mask, place and order carried along."""
+        """The reduced tokens, with index, size, mask, place, order and score carried along."""
         self._check(tokens)
         if self.is_identity:
-            return tokens
+            return tokens if self.score is None else replace(tokens, score=self.score)
         mask = self.mask
         if tokens.mask is not None:
             kept = tokens.mask.gather(1, self.index)
@@ -263,6 +267,7 @@ class Reduction:
             prefix=self.prefix,
             place=tokens.place.gather(self.index) if tokens.place is not None else None,
             order=self.order,
+            score=tokens.score.gather(1, self.index) if self.score is None and tokens.score is not None else self.score,
         )
 
     def restore(self, tokens: Tokens) -> Tokens:

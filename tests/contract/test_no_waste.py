@@ -18,6 +18,9 @@ ALL_PAIRS = {
     "pitome": "the energy of a token is a mean over its similarity to all others",
     "divprune": "a table of cosines, no attention: faster than a row per pick; above 4096 tokens rows are computed instead",
 }
+# methods that learn how many tokens go at a step from the picture, though what is left at last is fixed: a shorter sequence has to
+# wait for that number
+COUNTED = {"flowcut": "the entropy of the class token's attention says how many patches go at each of its blocks"}
 
 
 def wide(case: Case) -> torch.nn.Module:
@@ -107,6 +110,10 @@ def test_nothing_waits_for_the_device_where_the_budget_is_fixed(case: Case, keep
     net = tiny.model(case.model)
     inputs = tiny.inputs_for(net) if not tiny.is_language(net) else tiny.prompts(net, tiny.samples(net)[:2])
     method = Unwaiting(case.made(keep), [])
+    if case.method in COUNTED:
+        with apply(net, method), pytest.raises(Exception, match=r"_local_scalar_dense|item|tolist|data-dependent"):
+            tiny.run(net, inputs)
+        return
     with apply(net, method):
         tiny.run(net, inputs)
     assert method.decided

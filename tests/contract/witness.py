@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ class Stand(Method):
 
     def __init__(self, inner: Method, decided: list[Reduction]) -> None:
         self.inner, self.decided = inner, decided
-        for name in ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "keep"):
+        for name in ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "keep"):
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 
@@ -119,7 +119,8 @@ class Spy(Stand):
 
     def reduce(self, tokens: Tokens, signals: Any = None) -> Reduction:
         reduction = self.inner.reduce(tokens, signals)
-        self.decided.append(reduction)
+        real = tokens.mask if reduction.is_identity else reduction.mask  # where nothing goes, padding is what it was
+        self.decided.append(replace(reduction, mask=real))
         return reduction
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from jeton.method import ClassAttention, LastAttention, get, methods
+from jeton.method import get, methods
 from jeton.place import Place
 from jeton.registry import Card
 from jeton.tokens import Tokens
@@ -15,14 +15,7 @@ from jeton.tokens import Tokens
 SIDE = 6
 N = SIDE * SIDE
 BUDGETED = [card for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
-ROWS_OF_ATTENTION = sorted(
-    {
-        name
-        for card in BUDGETED
-        for name, need in card.object().needs().items()
-        if isinstance(need, ClassAttention | LastAttention)
-    }
-)
+ROWS_OF_ATTENTION = sorted({name for card in BUDGETED for name, need in card.object().needs().items() if need.heads})
 EXACT = [card for card in BUDGETED if card.id not in ("downsample", "quota")]  # whole grids, at most as large as asked
 
 
@@ -35,7 +28,7 @@ def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, devic
     x = torch.randn(batch, N, 16, generator=generator).to(device, dtype)
     attention = [torch.rand(batch, 4, N, generator=generator).to(device) for _ in range(3)]
     keys = torch.randn(batch, N, 8, generator=generator).to(device, dtype)
-    signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys}
+    signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys, "values": keys + 1}
     for name in ROWS_OF_ATTENTION:
         signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     return Tokens(x, place=Place.grid(batch, SIDE, SIDE, device)), signals
@@ -52,7 +45,7 @@ def cut(tokens: Tokens, signals: dict, b: int, n: int) -> tuple[Tokens, dict]:
             if isinstance(getattr(place, item.name), torch.Tensor)
         },
     )
-    some = {name: (s[b : b + 1, :n] if name == "keys" else s[b : b + 1, :, :n]) for name, s in signals.items()}
+    some = {name: (s[b : b + 1, :n] if name in ("keys", "values") else s[b : b + 1, :, :n]) for name, s in signals.items()}
     return Tokens(tokens.features[b : b + 1, :n], place=place), some
 
 
@@ -215,6 +208,7 @@ def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
     for step in steps:
         if step is not None:
             n = len(tokens)
-            signals = {"attention": torch.rand(2, 4, n), "keys": torch.randn(2, n, 8)}
+            signals = {name: torch.rand(2, 4, n) for name in ("attention", "similarity")}
+            signals |= {name: torch.randn(2, n, 8) for name in ("keys", "values")}
             tokens = step.reduce(tokens, signals).apply(tokens)
     assert len(tokens) == method.promise(N, depth).count == 8

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Album
-from ..method import ClassAttention, Keys, Method, Need, ReceivedAttention
+from ..method import ClassAttention, ClassSimilarity, Keys, MeanAttention, Method, Need, ReceivedAttention, Values
 from ..models import Encoder
 from ..ops import attention
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
+from .tap import Listener
 
 if TYPE_CHECKING:
     from .run import Run
@@ -57,6 +58,7 @@ class EncoderSite:
         self.reduction: Reduction | None = None
         self.size: Tensor | None = None
         self.order: Tensor | None = None
+        self.score: Tensor | None = None
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
@@ -216,16 +218,17 @@ class EncoderSite:
         place = self.place
         if place is not None and self.reduction is not None:
             place = place.gather(self.reduction.index)
-        tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order)
+        tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order, self.score)
         listener = self.listeners[number]
         signals = {name: listener.now[need] for name, need in step.needs().items()}
         if self.mask is not None and isinstance(getattr(method, "keep", None), float):
             signals["quota"] = self._quota(number, method)
         reduction = step.reduce(tokens, signals)
         self.run.costs.count("block", method, tokens, reduction)
+        after = reduction.apply(tokens)
+        self.score = after.score
         if reduction.is_identity:
             return x
-        after = reduction.apply(tokens)
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges
         self.size, self.order, self.mask = after.size, after.order, after.mask
         self._advance(reduction, number)
@@ -273,7 +276,7 @@ class EncoderSite:
         return any(step is not None and step.proportional for _, steps in self.plan(self._start) for step in steps)
 
 
-class _Listener:
+class _Listener(Listener):
     """Listens to the attention of one encoder block."""
 
     def __init__(self, site: EncoderSite) -> None:
@@ -291,40 +294,58 @@ class _Listener:
             bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
         return bias
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         if not self.here and not self.late:
             return
         with self.site.run.clock.measure("selection"):
             real = self.site.mask
-            self.now = {need: _measure(need, query, key, mask, real, scale) for need in self.here}
+            self.now = {need: _measure(need, query, key, value, mask, real, scale) for need in self.here}
             for need in self.late:
-                for part in _chunks(query, key, extra):
+                for part in _chunks(query, key, value, extra):
                     self.site.records[need].append(_measure(need, *part, mask, real, scale))
                 self.site.records_at[need] = self.site.reduction
 
 
-def _chunks(query: Tensor, key: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Packed flash attention gets all pictures in one call: split it as the others are."""
     ends = extra.get("cu_seq_lens_q")
     if ends is None:
-        return [(query, key)]
+        return [(query, key, value)]
     sizes = (ends[1:] - ends[:-1]).tolist()
-    return list(zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True))
+    query_parts, key_parts, value_parts = (part.split(sizes, dim=2) for part in (query, key, value))
+    return list(zip(query_parts, key_parts, value_parts, strict=True))
 
 
-def _measure(need: Need, query: Tensor, key: Tensor, mask: Tensor | None, real: Tensor | None, scale: float) -> Tensor:
+def _measure(
+    need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scale: float
+) -> Tensor:
     """One signal from one attention call."""
+    first = None if mask is None else mask[:, :, :1]
     if isinstance(need, ClassAttention):
-        return attention.rows(query[:, :, :1], key, scale, None if mask is None else mask[:, :, :1], logits=need.logits)[:, :, 0]
+        return attention.rows(query[:, :, :1], key, scale, first, logits=need.logits)[:, :, 0]
+    if isinstance(need, MeanAttention):
+        return attention.rows(_mean_row(query, real), key, scale, first)[:, :, 0]
+    if isinstance(need, ClassSimilarity):
+        return attention.rows(value[:, :, :1], value, 1.0, first)[:, :, 0]
     if isinstance(need, ReceivedAttention):
         return attention.received(query, key, scale, real)
     if isinstance(need, Keys):
         return key.mean(1)
+    if isinstance(need, Values):
+        return value.mean(1)
     raise TypeError(f"{need} cannot be read in an encoder.")
 
 
+def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
+    """(B, H, 1, d) the mean of the queries of real tokens."""
+    if real is None:
+        return query.float().mean(2, keepdim=True)
+    shown = query.float().masked_fill(~real[:, None, :, None], 0)
+    return shown.sum(2, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None, None]
+
+
 def _tokens_last(need: Need, value: Tensor) -> Tensor:
-    return value.transpose(1, 2) if isinstance(need, Keys) else value
+    return value.transpose(1, 2) if value.dim() == 3 and not need.heads else value
 
 
 def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:

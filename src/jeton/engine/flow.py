@@ -32,7 +32,8 @@ class Step:
 
 
 def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
-    return {name: getattr(reduction, name) for name in ("index", "assign", "weight", "matrix", "mask", "order", "entries")}
+    names = ("index", "assign", "weight", "matrix", "mask", "order", "score", "entries")
+    return {name: getattr(reduction, name) for name in names}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Budget, LastAttention, Method, Need, TextAttention
+from ..method import Budget, LastAttention, LastSimilarity, LayerValues, Method, Need, TextAttention
 from ..ops import attention
 from ..tokens import gather
 from .ahead import Ahead, Heard, is_ahead
@@ -21,6 +21,7 @@ from .entrance import pick
 from .flow import Cut, Kept, whole
 from .prompt import Prompt, padded
 from .raters import Raters
+from .tap import Listener
 
 Plan = list[list[tuple[Method, Method]]]
 NOMINAL = 576  # tokens of an image, to learn in front of which layers a method acts before any image has been seen
@@ -113,7 +114,8 @@ class LayerSite:
         self._plans: dict[int, Plan] = {}
         self.start = NOMINAL
         self.stage: Stage | None = None
-        self.heard: dict[int, Heard] = {}
+        self.heard: dict[tuple[int, type[Need]], Heard] = {}
+        self.values: dict[int, Tensor] = {}
         self.raters: Raters | None = None
         self.rated: dict[int, Tensor] = {}
         self.counts: list[int] | None = None
@@ -160,6 +162,7 @@ class LayerSite:
     def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.stage = self.raters = None
         self.heard.clear()
+        self.values.clear()
         if self.prompt.scene is not None:
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
         self.rated.clear()
@@ -234,11 +237,14 @@ class LayerSite:
         if ahead is not None and is_ahead(need):
             return ahead.signal(need)
         assert self.prompt.flow is not None
-        if isinstance(need, LastAttention):
-            return self.heard[self._read_at(need, number)].over(self.prompt.flow)
+        flow = self.prompt.flow
+        if isinstance(need, LastAttention | LastSimilarity):
+            return self.heard[self._read_at(need, number), type(need)].over(flow)
+        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
+        if isinstance(need, LayerValues):
+            return self.values[self._read_at(need, number)][at // flow.length, at % flow.length]
         if isinstance(need, TextAttention):
-            flow = self.prompt.flow
-            at = flow.at.clamp(max=flow.layout.batch * flow.length - 1) % flow.length
+            at = at % flow.length
             return self.rated[self._read_at(need, number)].gather(1, at)
         return self.prompt.encoded(need, 0)
 
@@ -262,16 +268,13 @@ class LayerSite:
         return flat[:-1].view_as(hidden)
 
 
-class _Listener:
-    """Hears the last token's attention in one layer, or that of the text, while pictures come in."""
+class _Listener(Listener):
+    """Hears the last token's attention in one layer, that of the text, or values, while pictures come in."""
 
     def __init__(self, site: LayerSite, number: int, kinds: set[type[Need]]) -> None:
         self.site, self.number, self.kinds = site, number, kinds
 
-    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        return None
-
-    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         prompt = self.site.prompt
         if prompt.flow is None:
             return
@@ -280,16 +283,20 @@ class _Listener:
             if self.site.raters is not None and TextAttention in self.kinds:
                 cut = None if self.site.stage is None else self.site.stage.cut
                 self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
-            if LastAttention not in self.kinds:
+            if LayerValues in self.kinds:
+                self.site.values[self.number] = value[:, :, past:].mean(1)
+            if LastAttention not in self.kinds and LastSimilarity not in self.kinds:
                 return
-            if prompt.last is None:
-                query, mask = query[:, :, -1:], mask[:, :, -1:] if mask is not None and mask.dim() == 4 else mask
-            else:
-                query = gather(query.transpose(1, 2), prompt.last[:, None]).transpose(1, 2)
-                if mask is not None and mask.dim() == 4:
-                    wide = mask.expand(query.shape[0], -1, -1, -1).transpose(1, 2)
-                    mask = gather(wide, prompt.last[:, None]).transpose(1, 2)
-            if mask is not None and mask.dim() == 2:
-                mask = mask[:, None, None].bool()
-            rows = attention.rows(query, key, scale, mask)[:, :, 0]
-            self.site.heard[self.number] = Heard(rows, past)
+            # (B, 1) the last token, among the new ones
+            last = query.new_full((query.shape[0],), query.shape[2] - 1, dtype=torch.long) if prompt.last is None else prompt.last
+            if mask is not None:
+                mask = mask[:, None, None].bool() if mask.dim() == 2 else _row(mask, last)
+            for kind, states, others, at in ((LastAttention, query, key, last), (LastSimilarity, value, value, last + past)):
+                if kind in self.kinds:
+                    rows = attention.rows(_row(states, at), others, scale, mask)[:, :, 0]
+                    self.site.heard[self.number, kind] = Heard(rows, past)
+
+
+def _row(x: Tensor, at: Tensor) -> Tensor:
+    """(B, H, 1, n) one row of x (B or 1, H, L, n) for each sample, at (B,)."""
+    return gather(x.expand(at.shape[0], -1, -1, -1).transpose(1, 2), at[:, None]).transpose(1, 2)

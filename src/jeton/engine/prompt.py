@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import ClassAttention, Method, Need
+from ..method import Method, Need
 from ..models import VisionLanguage
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
@@ -113,7 +113,7 @@ class Prompt:
 def in_front(value: Tensor, prefix: int, need: Need) -> Tensor:
     """A signal (R, K, ...) as methods expect it, heads before tokens, with zeros for special tokens in front."""
     value = torch.nn.functional.pad(value.movedim(1, -1), (prefix, 0))
-    return value if isinstance(need, ClassAttention) or value.dim() == 2 else value.movedim(-1, 1)
+    return value if need.heads or value.dim() == 2 else value.movedim(-1, 1)
 
 
 def padded(x: Tensor) -> Tensor:

@@ -9,7 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..method import ClassAttention, Given, Keys, LastAttention, Method, Need, ReceivedAttention, Unsupported, get
+from ..method import (
+    IN_ENCODER,
+    ClassAttention,
+    ClassSimilarity,
+    Given,
+    LastAttention,
+    LastSimilarity,
+    Method,
+    Need,
+    Unsupported,
+    get,
+)
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
 from .clock import Clock
@@ -89,7 +100,7 @@ class Run:
             for method in methods
             if method.site in ("encoder", "entry", "layer")
             for need in method.needs().values()
-            if isinstance(need, ClassAttention | ReceivedAttention | Keys)
+            if isinstance(need, IN_ENCODER)
         }
         self.site = EncoderSite(self, self.encoder, depth, methods, late, isinstance(self.view, Encoder))
 
@@ -217,13 +228,12 @@ class Run:
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:
         for need in needs:
-            if isinstance(need, ClassAttention) and not self.encoder.has_class:
+            if isinstance(need, ClassAttention | ClassSimilarity) and not self.encoder.has_class:
                 option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
                 lacks = f"has an encoder without a class token ({self.encoder.name})"
                 self._refuse(method, lacks, option, "the class token's attention")
-            if isinstance(need, LastAttention) and not isinstance(self.view, VisionLanguage):
+            if isinstance(need, LastAttention | LastSimilarity) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
-
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
                 self._refuse(method, "takes no videos", f"{method.card.id} without them", "numbers for the frames of videos")
 

@@ -6,10 +6,11 @@ Modules nobody listens to go straight through; others may record signals from q 
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 PREFIX = "jeton_"
 
 
-class Listener(Protocol):
-    """What a tapped attention module answers to."""
+class Listener:
+    """What a tapped attention module answers to; a module may have several."""
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """A (B, 1, 1, N) additive bias per key, or None."""
+        return None
 
-    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
-        """Take what is needed from q (B, H, R, d) and k (B, Hk, N, d)."""
+    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        """Take what is needed from q (B, H, R, d), k and v (B, Hk, N, d)."""
+
+    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        """What stands in for this call's result, made with `attention(q, k, v, mask)`; None to leave the call alone."""
+        return None
 
 
-_LISTENERS: weakref.WeakKeyDictionary[nn.Module, Listener] = weakref.WeakKeyDictionary()
+Attention = Callable[[Tensor, Tensor, Tensor, Any], Any]
+_LISTENERS: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
 
 
 class Taps:
@@ -42,7 +49,7 @@ class Taps:
 
     def listen(self, attention: nn.Module, listener: Listener) -> None:
         for module in attention.modules():
-            _LISTENERS[module] = listener
+            _LISTENERS.setdefault(module, []).append(listener)
             self.heard.append(module)
 
     def open(self) -> None:
@@ -82,15 +89,22 @@ def twin(implementation: str) -> str:
 def _tapped(implementation: str) -> Callable:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any) -> Any:
         original = _original(module, implementation)
-        listener = _LISTENERS.get(module)
-        if listener is None:
+        listeners = _LISTENERS.get(module)
+        if listeners is None:
             return original(module, query, key, value, attention_mask, **extra)
         scale = extra.get("scaling") or query.shape[-1] ** -0.5
-        bias = listener.bias(query, key)
-        if bias is not None:
-            attention_mask = add_bias(attention_mask, bias)
-        listener.record(query, key, attention_mask, scale, extra)
-        return original(module, query, key, value, attention_mask, **extra)
+        for listener in listeners:
+            bias = listener.bias(query, key)
+            if bias is not None:
+                attention_mask = add_bias(attention_mask, bias)
+        for listener in listeners:
+            listener.record(query, key, value, attention_mask, scale, extra)
+        attention = functools.partial(original, module, **extra)
+        for listener in listeners:
+            made = listener.attend(attention, query, key, value, extra)
+            if made is not None:
+                return made
+        return attention(query, key, value, attention_mask)
 
     return forward
 
