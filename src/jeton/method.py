@@ -97,8 +97,8 @@ class ClassAttention(Need):
 
 @dataclass(frozen=True)
 class MeanAttention(Need):
-    """(B, H, N) attention of the mean query of a picture's tokens over them: what stands in for a class token that an encoder does
-    not have."""
+    """(B, H, N) attention of the mean query of a picture's tokens over them: what stands in for a class token where there is
+    none."""
 
     layer: int | None = -1
     heads: ClassVar[bool] = True
@@ -149,7 +149,7 @@ class LastAttention(Need):
 
 @dataclass(frozen=True)
 class LastSimilarity(Need):
-    """(B, H, N) softmax over all keys of the inner product of the last token's attention value with the values of the row's tokens,
+    """(B, H, N) softmax over all keys of the inner product of the last token's attention value with those of the row's tokens,
     scaled as attention is, at a language-model layer. None means the layer before the one the method stands in front of."""
 
     layer: int | None = None

@@ -55,11 +55,13 @@ def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
 
 
 def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
-    """Every method as it is, and with the score that needs no class token where it has one."""
+    """Every method as it is, with the score that needs no class token where it has one, and without virtual unmerging."""
     for card in methods():
         yield card.id, ()
         if any(item.name == "score" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("score", "received"),)
+        if any(item.name == "unmerge" for item in dataclasses.fields(card.cls)):  # type: ignore[arg-type]
+            yield card.id, (("unmerge", False),)
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +102,8 @@ REDUCIBLE = [model for model in tiny.BUILDERS if any(case.model == model for cas
 CASES = [case for case in EVERY if case.model not in INNER]
 LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
-AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer"]
+VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 

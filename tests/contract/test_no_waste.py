@@ -18,8 +18,8 @@ ALL_PAIRS = {
     "pitome": "the energy of a token is a mean over its similarity to all others",
     "divprune": "a table of cosines, no attention: faster than a row per pick; above 4096 tokens rows are computed instead",
 }
-# methods that learn how many tokens go at a step from the picture, though what is left at last is fixed: a shorter sequence has to
-# wait for that number
+# methods that learn from the picture how many tokens go at a step, though what is left at last is fixed: a shorter sequence has
+# to wait for that number
 COUNTED = {"flowcut": "the entropy of the class token's attention says how many patches go at each of its blocks"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, QWEN, Case, both_attentions, each, view
+from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, QWEN, VIRTUAL, Case, both_attentions, each, view
 from references import (
     TIGHT,
     causal,
@@ -198,6 +198,12 @@ def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Ca
             handle.remove()
     assert difference(last, reference) < TIGHT
     assert difference(twin, reference) > 100 * TIGHT
+
+
+@each(VIRTUAL)
+def test_compact_is_refused_where_merged_tokens_act_at_their_original_positions(case: Case) -> None:
+    with pytest.raises(ValueError, match=f"{case.method}.*unmerge=False"):
+        apply(case.net(), case.made(), positions="compact").remove()
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

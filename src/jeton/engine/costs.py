@@ -146,7 +146,9 @@ class Costs:
         length = self.arrived
         for layer in range(len(view.layers)):
             length = self.thinner[layer][0] if layer in self.thinner else length
-            ran += self.layout.batch * block_flops(int(length), width, mlp, kv_dim=kv, gated=gated)
+            # where merged tokens act at all their places, attention runs over the unreduced length
+            attended = self.length**2 / length if self.run.virtual else length
+            ran += self.layout.batch * block_flops(int(length), width, mlp, kv_dim=kv, gated=gated, n_keys=attended)
             full += self.layout.batch * block_flops(self.length, width, mlp, kv_dim=kv, gated=gated)
         if view.projector is not None:
             each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))

@@ -222,7 +222,8 @@ class EncoderSite:
         listener = self.listeners[number]
         signals = {name: listener.now[need] for name, need in step.needs().items()}
         if self.mask is not None and isinstance(getattr(method, "keep", None), float):
-            signals["quota"] = self._quota(number, method)
+            quota = self._quota(number, method)
+            signals |= {} if quota is None else {"quota": quota}
         reduction = step.reduce(tokens, signals)
         self.run.costs.count("block", method, tokens, reduction)
         after = reduction.apply(tokens)
@@ -234,11 +235,13 @@ class EncoderSite:
         self._advance(reduction, number)
         return after.features
 
-    def _quota(self, number: int, method: Method) -> Tensor:
+    def _quota(self, number: int, method: Method) -> Tensor | None:
         """(B, 1) patches that pictures of different lengths keep at a block, each by the plan for its own length."""
         left = []
         for count in self.counts:
             for step in method.steps(count, self.depth)[: number + 1]:
+                if step is not None and not hasattr(step, "keep"):  # its steps find their own counts
+                    return None
                 count = count if step is None else step.keep  # type: ignore[attr-defined]
             left.append([count])
         assert self.mask is not None

@@ -16,6 +16,7 @@ from ..tokens import gather
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
 from .prompt import Prompt, padded
+from .virtual import remembered
 
 _UNKNOWN = (
     "pictures were reduced before the language model, but the prompt came without input_ids that show where they stand (a "
@@ -24,11 +25,10 @@ _UNKNOWN = (
 
 
 class Entrance:
-    def __init__(self, prompt: Prompt, gallery: Gallery, methods: list[Method]) -> None:
-        self.prompt, self.gallery, self.methods = prompt, gallery, methods
+    def __init__(self, prompt: Prompt, gallery: Gallery, methods: list[Method], virtual: bool = False) -> None:
+        self.prompt, self.gallery, self.methods, self.virtual = prompt, gallery, methods, virtual
         self.asked: tuple[Tensor | None, dict | None] | None = None
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
-        self.new = self.past = 0
 
     def attach(self) -> None:
         view, run = self.prompt.view, self.prompt.run
@@ -105,7 +105,8 @@ class Entrance:
         held = 0 if cache is None else cache.get_seq_length()
         known.length = held + (0 if known.entry is None else known.entry.offset)
         prompt.cache = cache
-        prompt.memory, self.new, self.past = known, tokens.shape[1], known.length
+        prompt.memory, prompt.new, prompt.past = known, tokens.shape[1], known.length
+        prompt.mask, prompt.stage = kwargs.get("attention_mask"), None
         prompt.run.enter()
         kwargs["position_ids"] = self._numbered(kwargs.get("position_ids"), tokens)
         if prompt.flow is not None:
@@ -114,11 +115,11 @@ class Entrance:
             self._follow(kwargs)
         entry = prompt.memory.entry
         arriving = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        prompt.total = self.past + self.new - (0 if entry is None else entry.offset)
+        prompt.total = prompt.past + prompt.new - (0 if entry is None else entry.offset)
         prompt.held = prompt.total - arriving.shape[1]
         prompt.ids, prompt.last = kwargs["position_ids"], _last(kwargs.get("attention_mask"), arriving.shape[1])
         if prompt.flow is not None:
-            prompt.run.costs.enter(arriving.shape[1], self.new, kwargs.get("attention_mask"))
+            prompt.run.costs.enter(arriving.shape[1], prompt.new, kwargs.get("attention_mask"))
         return (), kwargs
 
     def _numbered(self, ids: Tensor | None, tokens: Tensor) -> Tensor | None:
@@ -126,7 +127,7 @@ class Entrance:
         prompt = self.prompt
         if ids is not None or not (prompt.flow is not None or prompt.memory.touched):
             return ids
-        ids = torch.arange(self.past, self.past + self.new, device=tokens.device).expand(tokens.shape[0], -1)
+        ids = torch.arange(prompt.past, prompt.past + prompt.new, device=tokens.device).expand(tokens.shape[0], -1)
         return ids if prompt.view.rotary_rows == 1 else ids.expand(prompt.view.rotary_rows, -1, -1)
 
     def _shorten(self, flow: Flow, kwargs: dict) -> None:
@@ -141,11 +142,13 @@ class Entrance:
             self._follow(kwargs)
             return
         prompt.left = made
+        if self.virtual:
+            memory.virtual = remembered(prompt, flow, made, kwargs["position_ids"])
         kwargs["inputs_embeds"] = gather(embeds, made.index)
         ids = pick(kwargs["position_ids"], made.index)
-        past = whole(self.past, made.index) if memory.entry is None else memory.entry
+        past = whole(prompt.past, made.index) if memory.entry is None else memory.entry
         kwargs["position_ids"] = ids - made.before - past.dropped if prompt.run.compact else ids
-        memory.entry = past.extended(self.past, self.new, made)
+        memory.entry = past.extended(prompt.past, prompt.new, made)
         mask = kwargs.get("attention_mask")
         if mask is not None or made.valid is not None or not self._cached(kwargs):
             # without a cache and without a mask, a gap in the positions would read as the seam of two packed sequences
@@ -175,7 +178,7 @@ class Entrance:
 
     def _mask(self, mask: Tensor | None) -> Tensor:
         """The 2-D mask of the whole conversation, cut to the columns that are left."""
-        entry, total = self.prompt.memory.entry, self.past + self.new
+        entry, total = self.prompt.memory.entry, self.prompt.past + self.prompt.new
         assert entry is not None
         columns, real = entry.columns(total), entry.real(total)
         if mask is None:

@@ -111,12 +111,23 @@ def whole(length: int, like: Tensor) -> Kept:
 
 
 @dataclass
+class Virtual:
+    """Who stands for each of the first columns of the unreduced conversation. owner (B, n): its column in the entrance's cache, -1
+    for a token that was dropped. cos, sin (B, n, d): the rotation from the owner's position to the column's own."""
+
+    owner: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass
 class Memory:
     """What one cache holds: the columns at the entrance, and from each reducing layer on (as columns of the entrance)."""
 
     length: int = 0
     entry: Kept | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
+    virtual: Virtual | None = None
 
     @property
     def touched(self) -> bool:

@@ -113,7 +113,6 @@ class LayerSite:
         self.methods, self.depth = methods, len(prompt.view.layers)
         self._plans: dict[int, Plan] = {}
         self.start = NOMINAL
-        self.stage: Stage | None = None
         self.heard: dict[tuple[int, type[Need]], Heard] = {}
         self.values: dict[int, Tensor] = {}
         self.raters: Raters | None = None
@@ -160,7 +159,7 @@ class LayerSite:
         return layer - 1 if need.layer is None else need.layer
 
     def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.stage = self.raters = None
+        self.prompt.stage = self.raters = None
         self.heard.clear()
         self.values.clear()
         if self.prompt.scene is not None:
@@ -180,9 +179,9 @@ class LayerSite:
                 hidden = self._thin(number, hidden, kwargs)
             elif self.steps[number]:
                 self._pass(number)
-            if self.stage is None:
+            if self.prompt.stage is None:
                 return None
-            kwargs = {**kwargs, **self.stage.fit(kwargs, hidden)}
+            kwargs = {**kwargs, **self.prompt.stage.fit(kwargs, hidden)}
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
@@ -191,7 +190,7 @@ class LayerSite:
         """No pictures in this forward: all new tokens stay, the cache's earlier columns are what they are."""
         kept = self.prompt.memory.layers.get(number)
         if kept is not None:
-            self.stage = Stage(self.prompt, kept)
+            self.prompt.stage = Stage(self.prompt, kept)
 
     def _thin(self, number: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Let the methods of this layer decide, and go on with what they leave."""
@@ -202,17 +201,17 @@ class LayerSite:
             hidden = self._reduced(number, hidden, kwargs)
             made = flow.cut()
         known = prompt.memory.layers.get(number)
-        if made is None and known is None and self.stage is None:
+        if made is None and known is None and self.prompt.stage is None:
             return hidden
         made = Cut.nothing(hidden) if made is None else made
         hidden = gather(hidden, made.index)
         prompt.left = made if prompt.left is None else prompt.left.then(made)
         if prompt.last is not None:
             prompt.last = (made.index == prompt.last[:, None]).to(torch.uint8).argmax(1)
-        cut = made if self.stage is None or self.stage.cut is None else self.stage.cut.then(made)
+        cut = made if self.prompt.stage is None or self.prompt.stage.cut is None else self.prompt.stage.cut.then(made)
         kept = (whole(prompt.held, hidden) if known is None else known).extended(prompt.held, new, cut)
         prompt.memory.layers[number] = kept
-        self.stage = Stage(prompt, kept, cut)
+        self.prompt.stage = Stage(prompt, kept, cut)
         prompt.run.costs.thinned(number, hidden.shape[1], cut.dropped)
         return hidden
 
@@ -249,7 +248,7 @@ class LayerSite:
         return self.prompt.encoded(need, 0)
 
     def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
-        fitted = kwargs if self.stage is None else {**kwargs, **self.stage.fit(kwargs, hidden)}
+        fitted = kwargs if self.prompt.stage is None else {**kwargs, **self.prompt.stage.fit(kwargs, hidden)}
         return Ahead(self.prompt, number, hidden, fitted["position_embeddings"], fitted.get("attention_mask"))
 
     def _reduced(self, number: int, hidden: Tensor, kwargs: dict) -> Tensor:
@@ -281,7 +280,7 @@ class _Listener(Listener):
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
             if self.site.raters is not None and TextAttention in self.kinds:
-                cut = None if self.site.stage is None else self.site.stage.cut
+                cut = None if prompt.stage is None else prompt.stage.cut
                 self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
             if LayerValues in self.kinds:
                 self.site.values[self.number] = value[:, :, past:].mean(1)

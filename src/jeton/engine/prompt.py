@@ -15,6 +15,7 @@ from .encoder import EncoderSite, behind
 from .flow import Cut, Flow, Memory, Rows, Scene, Step
 
 if TYPE_CHECKING:
+    from .layers import Stage
     from .run import Run
 
 
@@ -23,7 +24,8 @@ class Prompt:
 
     held, total: columns the entrance's cache holds before and after this forward. ids: position ids of what came through the
     entrance. last: (B,) column of each sample's last real token, None for the last one. left: the columns that are left of this
-    forward's, None while none is gone.
+    forward's, None while none is gone. past, new, mask: columns of the unreduced conversation before this forward and in it, and
+    its 2-D attention mask. stage: what the language model's layers hold from the last reducing one on, None for everything.
     """
 
     def __init__(self, run: Run, view: VisionLanguage, encoder: EncoderSite) -> None:
@@ -36,6 +38,9 @@ class Prompt:
         self.held = self.total = 0
         self.left: Cut | None = None
         self.cache: Any = None
+        self.past = self.new = 0
+        self.mask: Tensor | None = None
+        self.stage: Stage | None = None
 
     def tokens(self, features: Tensor) -> Tokens:
         """The remaining visual tokens with these features (R, K, D)."""

@@ -35,6 +35,7 @@ from .projector import ProjectorSite
 from .prompt import Prompt
 from .report import Report
 from .tap import Taps
+from .virtual import VirtualSite
 
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 
@@ -84,6 +85,7 @@ class Run:
         self.model, self.methods, self.newlines = model, methods, newlines
         self.spec: str = spec
         self.compact = positions == "compact"
+        self.virtual = any(method.virtual for method in methods)
         self._check()
         parameter = next(model.parameters())
         self.clock = Clock(parameter.device)
@@ -129,11 +131,13 @@ class Run:
         prompt = Prompt(self, view, self.site)
         gallery = Gallery(prompt, structure)
         gallery.attach()
-        Entrance(prompt, gallery, entry if view.projector is not None else early + entry).attach()
+        Entrance(prompt, gallery, entry if view.projector is not None else early + entry, self.virtual).attach()
         if view.projector is not None:
             self.projector = ProjectorSite(prompt, early)
             self.projector.attach()
         LayerSite(prompt, layered).attach()
+        if self.virtual:
+            VirtualSite(prompt).attach()
         Loss(prompt).attach()
 
     def remove(self) -> None:
@@ -218,12 +222,29 @@ class Run:
                 f"{self.view.name} numbers positions by time, height and width, which are coordinates and cannot be renumbered "
                 f'without gaps; use positions="keep".'
             )
+        self._check_virtual()
         config = getattr(self.encoder.model, "config", None)
         implementation = getattr(config, "_attn_implementation", None) or ""
         if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
             raise Unsupported(
                 "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "
                 'the model with attn_implementation="sdpa" or set proportional=False.'
+            )
+
+    def _check_virtual(self) -> None:
+        virtual = next((method for method in self.methods if method.virtual), None)
+        if virtual is None or not isinstance(self.view, VisionLanguage):
+            return
+        name = virtual.card.id
+        if self.compact:
+            raise ValueError(
+                f'{name} lets merged tokens act at their original positions, which positions="compact" gives up; use '
+                f'positions="keep", or {name}(unmerge=False).'
+            )
+        if "flash" in (self.view.decoder.config._attn_implementation or ""):
+            raise Unsupported(
+                f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels do "
+                f'not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
             )
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:

@@ -145,8 +145,16 @@ class VisionLanguage:
         q, k = attention.q_proj(x).view(shape), attention.k_proj(x).view(shape)
         q = attention.q_norm(q) if hasattr(attention, "q_norm") else q
         k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        return rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return self._rotate(layer)(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+
+    def rotated(self, layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys x (B, H, L, d) rotated by cos and sin (B, L, d), the way the family pairs its channels."""
+        turned: Tensor = self._rotate(layer)(x, x, cos, sin)[0]
+        return turned
+
+    def _rotate(self, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+        rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(self.attention(layer)).__module__].apply_rotary_pos_emb
+        return rotate
 
     @property
     def rotary(self) -> nn.Module:

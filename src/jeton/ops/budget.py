@@ -92,6 +92,20 @@ def evenly(n: int, keep: int, depth: int) -> list[int]:
     return _within_reach(n, wanted, keep)
 
 
+def linearly(n: int, keep: int, depth: int, rising: bool = False) -> list[int]:
+    """Tokens after each of `depth` layers when what layer l takes away falls (`rising`: grows) in a straight line to none:
+    floor(r (1 - l / depth)) with r = floor(2 (n - keep) / depth), until exactly `keep` are left."""
+    most, gone, steps = 2 * (n - keep) // depth, 0, []
+    for layer in range(depth):
+        step = min(n - keep - gone, most * (depth - layer) // depth)
+        steps.append(step)
+        gone += step
+    for layer in range(n - keep - gone):  # what rounding down has left over
+        steps[layer % depth] += 1
+    steps = steps[::-1] if rising else steps
+    return _within_reach(n, [n - sum(steps[: layer + 1]) for layer in range(depth)], keep)
+
+
 def geometrically(n: int, keep: int, depth: int, halving: bool = True) -> list[int]:
     """Tokens after each of `depth` layers when every layer keeps the same share: round(n (keep / n)^(l / depth)).
 

@@ -15,7 +15,7 @@ def block_flops(
     q_dim: int | None = None,
     gated: bool = False,
     n_mlp: int | None = None,
-    n_keys: int | None = None,
+    n_keys: float | None = None,
 ) -> int:
     """One transformer block over n tokens of width `dim`.
 
@@ -27,7 +27,7 @@ def block_flops(
     kv = q if kv_dim is None else kv_dim
     projections = 4 * n * dim * q + 4 * n * dim * kv
     attention = 4 * n * (n if n_keys is None else n_keys) * q
-    return projections + attention + (6 if gated else 4) * (n if n_mlp is None else n_mlp) * dim * mlp_dim
+    return projections + round(attention) + (6 if gated else 4) * (n if n_mlp is None else n_mlp) * dim * mlp_dim
 
 
 def decode_flops(

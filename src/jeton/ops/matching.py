@@ -21,11 +21,13 @@ from .similarity import normalise
 
 class Pairs(NamedTuple):
     """`sender` (B, A), best first, and the `receiver` (B, A) of each, as positions; `key` (B, N): what the published listing of
-    the merged tokens is sorted by, None if the order in which tokens stand means nothing to the method."""
+    the merged tokens is sorted by, None if the order in which tokens stand means nothing to the method; `edge` (B, A): their
+    similarity, -inf where a pair may not merge."""
 
     sender: Tensor
     receiver: Tensor
     key: Tensor | None = None
+    edge: Tensor | None = None
 
 
 Match = Callable[[Tokens, int, Tensor | None], Pairs]
@@ -56,7 +58,7 @@ def by_parity(metric: Tensor, prefix: int = 0, order: Tensor | None = None, mask
     key = torch.where((place % 2 == 1) & (place >= prefix), place + n, place)
     if prefix == 0:
         key = key.scatter(1, sender, torch.arange(even.shape[1], device=metric.device).expand_as(sender))
-    return Pairs(sender, odd.gather(1, partner.gather(1, best)), key)
+    return Pairs(sender, odd.gather(1, partner.gather(1, best)), key, edge.gather(1, best))
 
 
 def energy(metric: Tensor, margin: float, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:

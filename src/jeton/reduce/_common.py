@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import floor
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..method import ClassAttention, Need, ReceivedAttention, Signals, check_keep
+from ..ops import matching
 from ..ops.budget import count, counts
 from ..ops.selection import best_of_units, pack, top_k
 from ..tokens import Reduction, Tokens
@@ -55,6 +57,21 @@ def quota(signals: Signals | None, keep: int | float, real: Tensor) -> Tensor:
     """(B, 1) patches each row keeps in this step: what the engine planned where rows differ in length, else `keep` of `real`."""
     planned = signals.get("quota") if signals else None
     return counts(keep, real) if planned is None else torch.minimum(planned, real)
+
+
+def merge_by_parity(tokens: Tokens, keep: int | float, signals: Signals | None = None) -> Reduction:
+    """ToMe's matching and merging down to `keep` of each row, or to what the engine planned for it, by attention keys; without
+    such a signal by the features."""
+    metric = signals["keys"] if signals and "keys" in signals else tokens.features
+    goals, planned = matching.halvings(len(tokens) - tokens.prefix, count(keep, len(tokens) - tokens.prefix)), None
+    if tokens.mask is not None:
+        goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
+        planned = quota(signals, keep, tokens.count()[:, None] - tokens.prefix)
+    return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, planned, parity_pairs)
+
+
+def parity_pairs(tokens: Tokens, r: int, cap: object) -> matching.Pairs:
+    return matching.by_parity(tokens.features, tokens.prefix, tokens.order, tokens.mask)
 
 
 def best(score: Tensor, tokens: Tokens, keep: int | float, signals: Signals | None = None) -> Reduction:

@@ -45,10 +45,10 @@ PICTURES = 5  # thumbnail and crops of the published any-resolution setting: tur
 class FlowCut(Method):
     """Behind every second encoder block, cut the patches of lowest running score; how many follows the entropy of attention.
 
-    In each block, with a (B, N) = the class token's attention, averaged over heads, and c (B, N) = softmax of the inner products of
-    the class token's value with all values, averaged over heads, both rescaled to sum 1 over the patches, and u (B, N) = L1 norm of
-    the head-mean value: s = (a + c) u. The running score is S <- (1 - momentum) S + momentum s, s at first. Of depth L (blocks that
-    feed what is handed on) block l has R = L - 2 - l to go. Where R is a multiple of `every`, the
+    In each block a (B, N) is the class token's attention, averaged over heads, and c (B, N) the softmax of the inner products of
+    the class token's value with all values, averaged over heads, both rescaled to sum 1 over the patches; u (B, N) is the L1 norm
+    of the head-mean value; s = (a + c) u. The running score is S <- (1 - momentum) S + momentum s, s at first. Of depth L (blocks
+    that feed what is handed on) block l has R = L - 2 - l to go. Where R is a multiple of `every`, the
     ``round((N - T) / sqrt(R) (1 - (H(a) / ln N)^2))`` lowest by S go, N patches now, T = `keep`, H the entropy of a; never below
     T; at R = 0 straight down to T. Each picture has its own count, and shorter ones are padded and masked: the release takes the
     largest cut of the batch, and so does `parity`. A block that cuts waits for the device once, to learn the longest row.
@@ -59,9 +59,9 @@ class FlowCut(Method):
     patches of a cell. That is the form for encoders that pack all pictures into one sequence.
 
     `layer` adds the second cut that is published for any-resolution models (layer=1): each crop keeps half of the image's budget
-    (of a share, 5/2 of it, as with the published thumbnail and four crops), newlines go, and behind that language-model layer the
-    best `keep` tokens of the image stay, by the same score with the last token of the prompt in place of the class token, over the
-    visual tokens alone and with scaled products of values. The release renumbers positions: positions="compact" of `apply`.
+    (of a share, 5/2 of it, as with the published thumbnail and four crops), newlines go, and behind that language-model layer
+    the best `keep` tokens of the image stay, by the same score with the prompt's last token in place of the class token, over
+    the visual tokens alone and with scaled products of values. The release renumbers positions: positions="compact" of `apply`.
 
     Alone, reduce() cuts once, to `keep`.
     """

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
 from ..ops import matching
-from ..ops.budget import count, evenly
+from ..ops.budget import evenly
 from ..tokens import Reduction, Tokens
-from . import _common
+from ._common import merge_by_parity, parity_pairs
 
 
 @register(title="Token Merging: Your ViT But Faster", year=2022, source="arXiv:2210.09461", family="vit", stage="block")
@@ -49,20 +49,15 @@ class ToMe(Method):
         return {"keys": Keys(layer=None)}
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        if self.keep is not None:
+            return merge_by_parity(tokens, self.keep, signals)
         metric = signals["keys"] if signals and "keys" in signals else tokens.features
-        n, real = len(tokens) - tokens.prefix, None
+        n, r, planned = len(tokens) - tokens.prefix, self._removed(1)[0], None
         if tokens.mask is not None:
             real = tokens.count()[:, None] - tokens.prefix
-        if self.keep is None:
-            r = self._removed(1)[0]
-            goals = [n - min(r, n // 2)]
-            quota = None if real is None else real - (real // 2).clamp(max=r)
-        else:
-            goals = matching.halvings(n, count(self.keep, n))
-            if real is not None:
-                goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
-            quota = None if real is None else _common.quota(signals, self.keep, real)
-        return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, quota, self._match)
+            planned = real - (real // 2).clamp(max=r)
+        tokens = replace(tokens, features=metric, place=None)
+        return matching.merge_in_rounds(tokens, [n - min(r, n // 2)], planned, parity_pairs)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         if self.keep is not None:
@@ -76,10 +71,6 @@ class ToMe(Method):
         for r in self._removed(depth):
             n -= min(r, n // 2)
         return Promise(n)
-
-    @staticmethod
-    def _match(tokens: Tokens, r: int, cap: object) -> matching.Pairs:
-        return matching.by_parity(tokens.features, tokens.prefix, tokens.order, tokens.mask)
 
     def _removed(self, depth: int) -> list[int]:
         """r of each block, before any clamping to half of the tokens."""
