@@ -17,7 +17,8 @@ from .run import apply
 def calibrate(model: nn.Module, method: Method, pictures: Iterable[Tensor | Mapping[str, Any]]) -> Method:
     """`method` fitted on batches of pictures: pixel values, or the encoder's inputs by name.
 
-    Only the encoder runs. A method that can be fitted has `calibrating()`, itself while it observes, whose `fitted()` is the result.
+    Only the encoder runs. A method that can be fitted has `calibrating()`: itself while it observes, whose `fitted()` is what
+    comes of it.
     """
     if not hasattr(method, "calibrating"):
         raise Unsupported(f"{method.card.id} has nothing to fit on pictures; use it as it is.")

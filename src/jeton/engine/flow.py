@@ -112,8 +112,8 @@ def whole(length: int, like: Tensor) -> Kept:
 
 @dataclass
 class Virtual:
-    """Who stands for each of the first columns of the unreduced conversation. owner (B, n): its column in the entrance's cache, -1
-    for a token that was dropped. cos, sin (B, n, d): the rotation from the owner's position to the column's own."""
+    """Who stands for each of the first columns of the unreduced conversation. owner (B, n): its column in the entrance's cache,
+    -1 for a token that was dropped. cos, sin (B, n, d): the rotation from the owner's position to the column's own."""
 
     owner: Tensor
     cos: Tensor

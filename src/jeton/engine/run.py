@@ -243,8 +243,8 @@ class Run:
             )
         if "flash" in (self.view.decoder.config._attn_implementation or ""):
             raise Unsupported(
-                f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels do "
-                f'not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
+                f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels "
+                f'do not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
             )
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:

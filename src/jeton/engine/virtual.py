@@ -122,8 +122,8 @@ class VirtualSite:
 @dataclass
 class _Map:
     """owner (B, F): for every column of the unreduced conversation the layer's key that stands there. real (B, F): whether one
-    does. query (B, f): the same for the columns of this forward, among its own queries; None where each stands for itself. cos, sin
-    (B, F, d): the rotation from the owner's position."""
+    does. query (B, f): the same for the columns of this forward, among its own queries; None where each stands for itself.
+    cos, sin (B, F, d): the rotation from the owner's position."""
 
     owner: Tensor
     real: Tensor

@@ -17,8 +17,8 @@ def between(cos: Tensor, sin: Tensor, cos0: Tensor, sin0: Tensor) -> tuple[Tenso
 
 
 def expanded_scores(q: Tensor, k: Tensor, owner: Tensor, angle: Tensor) -> Tensor:
-    """(..., N, N) products of q and k (..., n, d), not rotated yet, each repeated at all places whose `owner` (N,) it is and rotated
-    there by `angle` (N, d/2); the first half of the d entries is rotated with the second."""
+    """(..., N, N) products of q and k (..., n, d), not rotated yet, each repeated at all places whose `owner` (N,) it is and
+    rotated there by `angle` (N, d/2); the first half of the d entries is rotated with the second."""
     return _rotated(q[..., owner, :], angle) @ _rotated(k[..., owner, :], angle).mT
 
 

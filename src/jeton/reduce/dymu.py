@@ -38,18 +38,18 @@ class DyMU(Method):
     waits once for the device to learn the longest.
 
     Thresholds are fitted on pictures (`calibrating`, and `jeton.engine.calibrate` which runs it): block l has r_l merges a
-    picture to give, the best r_l · B edges of a batch merge wherever they are, and the similarity of the first edge left, at least
-    0, is the batch's threshold; its mean over batches is the block's. The r_l lead from all patches to `keep` by `schedule`: "even"
-    (the first blocks take the remainder), "linear" (falling to none) or "reverse-linear". `PRESETS` has the published budgets as
-    shares. Without thresholds each picture makes just these r_l merges, so that exactly `keep` are left.
+    picture to give, the best r_l · B edges of a batch merge wherever they are, and the similarity of the first edge left, at
+    least 0, is the batch's threshold; its mean over batches is the block's. The r_l lead from all patches to `keep` by
+    `schedule`: "even" (the first blocks take the remainder), "linear" (falling to none) or "reverse-linear". `PRESETS` has the
+    published budgets as shares. Without thresholds each picture makes just these r_l merges, so that exactly `keep` are left.
 
     Unmerging (`unmerge`): attention in the language model is that of the full prompt, each merged token standing at all places of
     those it was merged from, and the results for one token are averaged, M their 0/1 map: f' = (MᵀM)⁻¹ Mᵀ f. In the first layer
     this is exactly what the full model computes on the merged embeddings repeated; later layers only resemble it. Projections and
     MLPs run on the merged tokens; attention costs what it costs without merging, and its score products are not reduced at all
-    (the paper's exact trigonometric form, `jeton.ops.rotation`, trades them for n² d/2 numbers a head). The release caches keys and
-    values at full length; here the cache holds merged ones and is as short as the merged prompt. Without `unmerge` a merged token
-    is one token at the place of its representative.
+    (the paper's exact trigonometric form, in `jeton.ops.rotation`, trades them for n² d/2 numbers a head). The release caches
+    keys and values at full length; here the cache holds merged ones and is as short as the merged prompt. Without `unmerge` a
+    merged token is one token at the place of its representative.
 
     Released batches add 1e-4 to all sizes; not so here. Alone, reduce() merges to `keep`, or once by a single threshold; without
     keys as a signal it compares the features.
@@ -164,7 +164,7 @@ class _Threshold(Method):
 
 @dataclass(frozen=True, eq=False)
 class _Pooled(Method):
-    """One block under calibration: r merges a picture, dealt out over the batch. keep: what is left of each picture on average."""
+    """One block under calibration: r merges a picture, dealt out over the batch. keep: what is left of a picture on average."""
 
     site = "block"
     proportional = True

@@ -59,9 +59,10 @@ class FlowCut(Method):
     patches of a cell. That is the form for encoders that pack all pictures into one sequence.
 
     `layer` adds the second cut that is published for any-resolution models (layer=1): each crop keeps half of the image's budget
-    (of a share, 5/2 of it, as with the published thumbnail and four crops), newlines go, and behind that language-model layer
-    the best `keep` tokens of the image stay, by the same score with the prompt's last token in place of the class token, over
-    the visual tokens alone and with scaled products of values. The release renumbers positions: positions="compact" of `apply`.
+    (of a share, 5/2 of it, as with the published thumbnail and four crops: it rounds twice and counts padding that the model cuts
+    away), newlines go, and behind that language-model layer the best `keep` tokens of the image stay, by the same score with the
+    prompt's last token in place of the class token, over the visual tokens alone and with scaled products of values. The release
+    renumbers positions: positions="compact" of `apply`.
 
     Alone, reduce() cuts once, to `keep`.
     """
@@ -87,6 +88,8 @@ class FlowCut(Method):
             raise ValueError(f'where must be "blocks" or "output", got {self.where!r}.')
         if self.layer is not None:
             check_layers((self.layer,))
+            if self.where == "output":
+                raise ValueError('where="output" leaves `keep` tokens already, so layer has nothing to cut; set one of the two.')
 
     def needs(self) -> dict[str, Need]:
         return _needs(self.score, None if self.where == "blocks" else -1)
@@ -94,11 +97,12 @@ class FlowCut(Method):
     def parts(self) -> tuple[Method, ...]:
         if self.layer is None and self.where == "blocks":
             return (self,)
-        last = () if self.layer is None else (_Second(self.keep, self.layer),)
-        if self.where == "output":
-            return (_Output(self.keep if self.layer is None else 1.0, self.score), *last)
-        half = max(1, int(self.keep * CROPS)) if isinstance(self.keep, int) else min(1.0, self.keep * PICTURES * CROPS)
-        return (_Blocks(None if isinstance(self.keep, int) else half, half, self._step), *last)
+        if self.layer is None:
+            return (_Output(self.keep, self.score),)
+        if isinstance(self.keep, int):
+            return (_Blocks(None, max(1, int(self.keep * CROPS)), self._step), _Second(self.keep, self.layer))
+        crop = min(1.0, self.keep * PICTURES * CROPS)
+        return (_Blocks(crop, crop, self._step), _Second(self.keep / crop, self.layer))
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         return self._step.reduce(tokens, signals)
