@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from references import CLOSE, TIGHT, difference, generated
 from torch import Tensor, nn
+from witness import watching
 
 import jeton
 import tiny
 from jeton.engine import apply
 from jeton.models import adapt
-from references import CLOSE, TIGHT, difference, generated
-from witness import watching
 
 LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
 
@@ -78,7 +78,7 @@ def test_the_language_model_computes_what_is_written_out_by_hand(model: str, met
     net = tiny.model(model, attention)
     inputs = tiny.prompts(net)
     inputs["position_ids"] = tiny.positions(net, inputs)
-    with apply(net, method) as run, watching(net) as seen:
+    with apply(net, method, newlines="keep") as run, watching(net) as seen:
         logits = tiny.run(net, inputs)
         groups = [placed(run, inputs, sample) for sample in range(3)]
     for sample in range(3):
@@ -94,7 +94,7 @@ def test_the_language_model_computes_what_is_written_out_by_hand(model: str, met
 
 @torch.no_grad()
 def test_the_first_layer_is_that_of_the_full_model_on_repeated_embeddings_and_later_ones_are_near() -> None:
-    """The full model gets the merged embeddings repeated at all their places; its attention, averaged over each token's places."""
+    """The full model gets the merged embeddings repeated at all their places; its attention is averaged over each token's."""
     net = tiny.model(LLAVA)
     inputs = tiny.prompts(net, tiny.one_image(net))
     heard: list[list[Tensor]] = [[], []]

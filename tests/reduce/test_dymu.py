@@ -17,7 +17,7 @@ CLIP, LLAVA, NAFLEX = "CLIPVisionModel", "LlavaForConditionalGeneration", "Sigli
 
 
 def test_hand_case_merges_every_edge_above_the_threshold():
-    """Behind a class token: senders at places 2 and 4, receivers at 1 and 3; cosines .8 (2 to 1), .96 (4 to 1), then .6 and .28."""
+    """Behind a class token: senders at 2 and 4, receivers at 1 and 3; cosines .8 (2 to 1), .96 (4 to 1), then .6, .28."""
     x = torch.tensor([[[9.0, 9.0], [1, 0], [0.8, 0.6], [0, 1], [0.96, 0.28]]])
     tokens = Tokens(x, prefix=1, size=torch.tensor([[1.0, 3, 1, 1, 1]]))
     for threshold, groups in [(0.7, [{0}, {1, 2, 4}, {3}]), (0.9, [{0}, {1, 4}, {2}, {3}]), (0.97, None)]:
@@ -138,12 +138,12 @@ def test_nothing_seen_too_few_thresholds_and_methods_without_any_are_refused():
     net = tiny.model(CLIP)
     with pytest.raises(ValueError, match="no picture"):
         calibrate(net, get("dymu"), [])
-    with apply(net, "dymu", thresholds=(0.9, 0.9)), pytest.raises(ValueError, match="2 blocks.*5"):
+    with apply(net, "dymu", thresholds=(0.9, 0.9)), pytest.raises(ValueError, match=r"2 blocks.*5"):
         tiny.run(net, tiny.inputs_for(net))
     with pytest.raises(jeton.Unsupported, match="nothing to fit"):
         calibrate(net, get("tome"), [])
     for fields in ({"schedule": "steep"}, {"thresholds": ()}, {"thresholds": ("a",)}, {"thresholds": (float("nan"),)}):
-        with pytest.raises(ValueError, match="schedule|thresholds"):
+        with pytest.raises(ValueError, match=r"schedule|thresholds"):
             get("dymu", **fields)
 
 

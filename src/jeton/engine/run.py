@@ -241,7 +241,8 @@ class Run:
                 f'{name} lets merged tokens act at their original positions, which positions="compact" gives up; use '
                 f'positions="keep", or {name}(unmerge=False).'
             )
-        if "flash" in (self.view.decoder.config._attn_implementation or ""):
+        config = getattr(self.view.decoder, "config", None)
+        if "flash" in (getattr(config, "_attn_implementation", None) or ""):
             raise Unsupported(
                 f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels "
                 f'do not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'

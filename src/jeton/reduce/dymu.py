@@ -29,7 +29,7 @@ SCHEDULES = ("even", "linear", "reverse-linear")
 )
 @dataclass(frozen=True)
 class DyMU(Method):
-    """In every encoder block, between attention and MLP, merge whatever is similar enough; undo it virtually in the language model.
+    """In every encoder block, between attention and MLP, merge what is similar enough; undo it virtually in the language model.
 
     Merging: ToMe's matching. Tokens at even places of the sequence send, those at odd places receive; S = cos of the attention
     keys, averaged over heads (B, N, d); each sender has an edge to its best receiver, and every edge with S > `thresholds`[l]
