@@ -87,14 +87,14 @@ def test_the_language_model_computes_what_is_written_out_by_hand(model: str, met
         assert len(groups[sample]) == len(embeds) and max(map(len, groups[sample])) > 1
         right = by_hand(net, embeds, groups[sample])
         assert difference(logits[sample][real], right) < CLOSE
-        # the twin: each token at its representative's place only
+        # the twin: each token at one of its places only
         alone = by_hand(net, embeds, [group[:1] for group in groups[sample]])
         assert difference(alone, right) > 100 * CLOSE
 
 
 @torch.no_grad()
 def test_the_first_layer_is_that_of_the_full_model_on_repeated_embeddings_and_later_ones_are_near() -> None:
-    """The full model gets the merged embeddings repeated at all their places; its attention is averaged over each token's."""
+    """The full model gets the merged embeddings repeated at all their places; its attention is averaged token by token."""
     net = tiny.model(LLAVA)
     inputs = tiny.prompts(net, tiny.one_image(net))
     heard: list[list[Tensor]] = [[], []]
