@@ -60,7 +60,7 @@ def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
         yield card.id, ()
         if any(item.name == "score" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("score", "received"),)
-        if any(item.name == "unmerge" for item in dataclasses.fields(card.cls)):  # type: ignore[arg-type]
+        if any(item.name == "unmerge" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("unmerge", False),)
 
 

@@ -183,7 +183,7 @@ class Entrance:
         columns, real = entry.columns(total), entry.real(total)
         if mask is None:
             return torch.ones_like(columns) if real is None else real.long()
-        if mask.dim() == 4 and mask.shape[2] == self.new:
+        if mask.dim() == 4 and mask.shape[2] == self.prompt.new:
             return self._wide(mask, columns, real)
         if mask.dim() != 2:
             raise ValueError(f"an attention mask is (batch, length) or (batch, 1, new, length), got {tuple(mask.shape)}.")

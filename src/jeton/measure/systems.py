@@ -27,8 +27,13 @@ _SITES = {
 _SIGNALS = {
     "ClassAttention": "the class token's attention",
     "ReceivedAttention": "the attention each token receives",
+    "MeanAttention": "the attention of the mean query",
+    "ClassSimilarity": "the similarity of values to the class token's",
     "Keys": "attention keys",
+    "Values": "attention values",
     "LastAttention": "the attention of the prompt's last token",
+    "LastSimilarity": "the similarity of values to those of the prompt's last token",
+    "LayerValues": "attention values of a language-model layer",
     "TextAttention": "the attention of the words that matter for the image",
     "VisualAttention": "the attention visual tokens receive from each other",
     "Given": "numbers from outside, one for each frame",
