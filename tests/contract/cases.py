@@ -21,9 +21,17 @@ LANGUAGE = [
     "LlavaForConditionalGeneration",
     "LlavaForConditionalGeneration-siglip",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 ]
-LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN = LANGUAGE
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN = LANGUAGE
+
+# Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
+# and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
+SISTERS = {NEXT_VIDEO: ONEVISION, QWEN2: QWEN, "LlavaNextVideoModel": "LlavaOnevisionModel", "Qwen2VLModel": "Qwen2_5_VLModel"}
+SPEAKERS = ("tome", "fastervlm", "visionzip", "divprune", "fastv")
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ def claimed(case: Case) -> bool:
     language = isinstance(seen, VisionLanguage)
     encoder = seen.encoder if isinstance(seen, VisionLanguage) else seen
     needs = method.needs().values()
-    if encoder.packed and (method.site in ("block", "pixels") or not language):
+    if encoder.packed and not language:
+        return False
+    if method.site in ("block", "pixels") and isinstance(seen, VisionLanguage) and seen.mixes:
         return False
     if method.site == "layer" and not language:
         return False
@@ -94,7 +104,15 @@ def needed(case: Case) -> bool:
 
 
 # classes whose adapter is that of another class: the model without its head
-INNER = ("LlavaModel", "LlavaNextModel", "Qwen2_5_VLModel", "CLIPVisionModelWithProjection")
+INNER = (
+    "LlavaModel",
+    "LlavaNextModel",
+    "LlavaNextVideoModel",
+    "LlavaOnevisionModel",
+    "Qwen2VLModel",
+    "Qwen2_5_VLModel",
+    "CLIPVisionModelWithProjection",
+)
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
 REFUSED = [case for case in ALL if not claimed(case)]
 EVERY = [case for case in ALL if claimed(case) and needed(case)]
@@ -109,7 +127,13 @@ IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", list(cases), ids=str)
+    return pytest.mark.parametrize("case", [_weighed(case) for case in cases], ids=str)
+
+
+def _weighed(case: Case) -> Any:
+    """A case as pytest's parameter; slow where a sister family stands in for it."""
+    spoken_for = case.model in SISTERS and case.method not in SPEAKERS
+    return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
 
 
 both_attentions = pytest.mark.parametrize("attention", ATTENTIONS)

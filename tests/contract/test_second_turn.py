@@ -148,5 +148,7 @@ def _later_picture(both: tiny.Inputs, cut: int) -> tiny.Inputs:
 def _split(name: str, value: Tensor, both: tiny.Inputs, cut: int) -> tuple[Tensor, Tensor]:
     if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         return value[:, :cut], value[:, cut:]
+    if name == "batch_num_images":  # both pictures are single tiles, in whichever turn they come
+        return value, value
     patches = int(both["image_grid_thw"][0].prod()) if name == "pixel_values" and "image_grid_thw" in both else 1
     return value[:patches], value[patches:]

@@ -152,15 +152,19 @@ class Costs:
             full += self.layout.batch * block_flops(self.length, width, mlp, kv_dim=kv, gated=gated)
         if view.projector is not None:
             each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
-            full += each * self.layout.album.patches
-            ran += each * self.run.projected(self.layout.album.patches)
+            assert self.flow is not None
+            projected = self.flow.scene.projected
+            full += each * (projected if view.mixes else self.layout.album.patches)
+            ran += each * projected
         return ran, full
 
     def _encoder_flops(self) -> tuple[float, float]:
         lengths = self._encoder_lengths()
         encoder = self.run.encoder
         width, mlp, gated = encoder.dims
-        pictures = self.run.site.pictures if not encoder.packed else (len(self.layout.album) if self.layout else 0)
+        pictures = self.run.site.pictures
+        if self.layout is not None:  # images and videos take one call of the encoder each
+            pictures = len(self.layout.album) if encoder.packed else self.layout.album.patches // self.run.site.patches
         start = lengths[0][0] if encoder.packed and lengths else self.run.site.patches + encoder.prefix
         ran = full = 0.0
         for number, (before, after) in enumerate(lengths):

@@ -39,7 +39,7 @@ def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
 @dataclass
 class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
-    patches, (patches, ...) each. met: a prompt has shown them."""
+    patches, (patches, ...) each. met: a prompt has shown them. projected: tokens that went through the projector."""
 
     album: Album
     rows: Rows
@@ -47,6 +47,7 @@ class Scene:
     signals: dict[Need, Tensor] = field(default_factory=dict)
     special: Tensor | None = None
     met: bool = False
+    projected: int = 0
     trail: list[Step] = field(default_factory=list)
     given: dict[Need, Tensor] = field(default_factory=dict)
 

@@ -55,7 +55,9 @@ class Gallery:
         device = pixels[0].device
         album = Album.of(tuple(prompt.view.geometry(inputs, stream)), device)
         rows = album.candidates(self.structure)
-        prompt.run.encoding(rows.slot.shape[1])
+        if len(prompt.view.streams()) == 1:  # where images and videos are encoded apart, the batch has to be seen first
+            prompt.run.check_keeps(rows.slot.shape[1])
+        prompt.run.encoding()
         prompt.scene = Scene(album, rows, given=self._given(album, stream))
 
     def _given(self, album: Album, stream: str) -> dict[Need, Tensor]:
@@ -122,7 +124,8 @@ class Gallery:
             )[at]
             for need in scenes[0].given
         }
-        scene = Scene(shown, shown.candidates(self.structure), signals=signals, given=given)
+        projected = sum(scene.projected for scene in scenes)
+        scene = Scene(shown, shown.candidates(self.structure), signals=signals, projected=projected, given=given)
         return Flow.start(layout, scene, self.structure)
 
 

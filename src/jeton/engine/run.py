@@ -95,7 +95,6 @@ class Run:
         self._undo: list[Callable[[], None]] = []
         self._inside = self._ahead = False
         self.outlet: Outlet | None = None
-        self.projector: ProjectorSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
         late: set[Need] = {
             need
@@ -131,10 +130,9 @@ class Run:
         prompt = Prompt(self, view, self.site)
         gallery = Gallery(prompt, structure)
         gallery.attach()
-        Entrance(prompt, gallery, entry if view.projector is not None else early + entry, self.virtual).attach()
+        Entrance(prompt, gallery, early + entry if view.mixes else entry, self.virtual).attach()
         if view.projector is not None:
-            self.projector = ProjectorSite(prompt, early)
-            self.projector.attach()
+            ProjectorSite(prompt, [] if view.mixes else early).attach()
         LayerSite(prompt, layered).attach()
         if self.virtual:
             VirtualSite(prompt).attach()
@@ -210,10 +208,10 @@ class Run:
                 )
             if method.site == "layer" and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
-            if method.site in ("block", "pixels") and self.encoder.packed:
+            if method.site in ("block", "pixels") and isinstance(self.view, VisionLanguage) and self.view.mixes:
                 self._refuse(
                     method,
-                    "packs all pictures into one windowed sequence and merges 2x2 patches, so tokens cannot leave inside it",
+                    "mixes neighbouring patches into tokens behind its encoder, so they cannot leave one by one inside it",
                     "divprune, fastv, or a score such as fastervlm(score='received')",
                 )
             self._check_needs(method, [*method.needs().values()])
@@ -285,11 +283,14 @@ class Run:
     def say(self, note: str) -> None:
         self.costs.note = note
 
-    def encoding(self, candidates: int) -> None:
-        """Pictures are about to be encoded; each has at most so many tokens that may be dropped."""
+    def check_keeps(self, candidates: int) -> None:
+        """Refuse counts above the tokens that may be dropped of the largest image."""
         for method in self.methods:
             if method.site in ("encoder", "entry", "layer"):
                 self.check_keep(method, candidates)
+
+    def encoding(self) -> None:
+        """Pictures are about to be encoded."""
         if not self._inside:  # `generate` encodes first and runs the model afterwards: both make the first token
             self._begin()
             self._ahead = True
@@ -324,7 +325,3 @@ class Run:
         if not pictures:
             self.clock.begin("decode")
         self.clock.add("prefill" if pictures else "decode", self._door)
-
-    def projected(self, patches: int) -> int:
-        """Tokens that went through the projector in the last forward."""
-        return self.projector.count if self.projector is not None else patches

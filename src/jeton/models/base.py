@@ -110,11 +110,13 @@ class VisionLanguage:
     """View of a vision-language model.
 
     base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
-    projector: the module that maps encoder features one by one to embeddings, or None where features are mixed on the way
-    (patch mergers); then methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    projector: the module that maps encoder features one by one to embeddings, None where there is none. mixes: patches are mixed
+    into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside the encoder one by one, and
+    methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
     """
 
     projector: nn.Module | None = None
+    mixes: bool = False
     rotary_rows: int = 1
 
     def __init__(self, model: nn.Module) -> None:
@@ -178,7 +180,7 @@ class VisionLanguage:
 
     def visual(self, input_ids: Tensor, stream: str) -> Tensor:
         """(B, L) true at the columns that hold visual tokens of this kind."""
-        return input_ids == self.model.config.image_token_id
+        return input_ids == getattr(self.model.config, f"{stream}_token_id")
 
     @property
     def dims(self) -> tuple[int, int, int, bool]:

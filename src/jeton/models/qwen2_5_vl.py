@@ -1,28 +1,16 @@
-"""Qwen2.5-VL: a packed, windowed tower, a 2x2 patch merger, and positions with three rows (time, height, width)."""
+"""Qwen2.5-VL: Qwen2-VL with a windowed tower."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Inputs, adapter
+from .qwen2_vl import Qwen2Tower, Qwen2VL
 
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")
-class Qwen25Tower(Encoder):
-    packed = True
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.blocks)
-
-    def parts(self, block: nn.Module) -> Parts:
-        return Parts(block.norm1, block.attn, block.norm2, block.mlp)
-
-    def geometry(self, inputs: Inputs) -> list[Geometry]:
-        return [Geometry.picture(h, w, frames=t) for t, h, w in inputs["grid_thw"].tolist()]
-
+class Qwen25Tower(Qwen2Tower):
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """The tower attends in windows of permuted 2x2 groups: join the calls and put the groups back."""
         joined = torch.cat(record, dim=-1)
@@ -58,20 +46,5 @@ class Qwen25Tower(Encoder):
 
 
 @adapter("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
-class Qwen25VL(VisionLanguage):
-    rotary_rows = 3
-
-    def vision(self) -> Encoder:
-        return Qwen25Tower(self.base.visual)
-
-    def streams(self) -> dict[str, str]:
-        return {"image": "get_image_features", "video": "get_video_features"}
-
-    def visual(self, input_ids: Tensor, stream: str) -> Tensor:
-        return input_ids == getattr(self.model.config, f"{stream}_token_id")
-
-    def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
-        """A token is a 2x2 group of consecutive patches."""
-        side = self.base.visual.spatial_merge_size
-        grids = inputs[f"{stream}_grid_thw"].tolist()
-        return [Geometry.picture(h // side, w // side, side**2, frames=t) for t, h, w in grids]
+class Qwen25VL(Qwen2VL):
+    tower = Qwen25Tower
