@@ -225,7 +225,8 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
 class Sample:
     """One prompt. `images` are sizes in the family's own terms: () for LLaVA, (height, width) in pixels for LLaVA-NeXT and those
     after it, where (frames,) is a video; a grid (time, height, width) of patches for Qwen, where time above 1 is one. `text` are
-    the lengths of the runs of text before, between and after them. The same seed gives the same pixels and words, alone or in a batch."""
+    the lengths of the runs of text before, between and after them. The same seed gives the same pixels and words, alone or in a
+    batch."""
 
     images: tuple[tuple[int, ...], ...]
     text: tuple[int, ...]

@@ -221,6 +221,13 @@ class Given(Need):
         return torch.nn.functional.pad(parts, (0, width - frames))
 
 
+@dataclass(frozen=True)
+class PixelVariance(Need):
+    """(B, N) float32, site pixels only: how much the pixels of each token vary, as the encoder gets them (normalised). Of a patch
+    it is the unbiased variance of each channel over time and pixels, averaged over channels; of a token made of several patches
+    the largest. Special tokens have zero."""
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +239,7 @@ class Method:
     beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
     of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
     the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
+    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches.
     """
 
     card: ClassVar[Card]
@@ -241,6 +249,7 @@ class Method:
     prefix_tokens: ClassVar[bool] = False
     proportional: bool = False
     virtual: bool = False
+    resizes: ClassVar[bool] = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""

@@ -31,7 +31,7 @@ LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN = LANGUAGE
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
 SISTERS = {NEXT_VIDEO: ONEVISION, QWEN2: QWEN, "LlavaNextVideoModel": "LlavaOnevisionModel", "Qwen2VLModel": "Qwen2_5_VLModel"}
-SPEAKERS = ("tome", "fastervlm", "visionzip", "divprune", "fastv")
+SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def claimed(case: Case) -> bool:
     needs = method.needs().values()
     if encoder.packed and not language:
         return False
-    if method.site in ("block", "pixels") and isinstance(seen, VisionLanguage) and seen.mixes:
+    leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not encoder.groups))
+    if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
         return False
     if method.site == "layer" and not language:
         return False
@@ -94,7 +95,7 @@ def claimed(case: Case) -> bool:
     if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
         return False
     # pictures cut into patches before they reach the encoder can no longer be made smaller
-    return not (method.site == "pixels" and "Siglip2" in case.model)
+    return not (method.resizes and "Siglip2" in case.model)
 
 
 def needed(case: Case) -> bool:

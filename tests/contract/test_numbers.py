@@ -22,8 +22,8 @@ def test_half_precision_is_finite_and_stays_half(case: Case, dtype: torch.dtype)
         output = tiny.run(net, inputs)
         after = [image.after for image in run.report().images]
     assert output.dtype == dtype and bool(torch.isfinite(output).all())
-    if case.made().site == "block" and case.model.startswith("LlavaNext"):
-        return  # which crops' tokens fall into the padding that is cut away depends on what merges, and rounding may change that
+    if case.made().site in ("block", "pixels") and case.model.startswith("LlavaNext"):
+        return  # which crops' tokens fall into the padding that is cut away depends on what leaves, and rounding may change that
     whole = case.net()
     with apply(whole, case.made()) as run:
         tiny.run(whole, tiny.inputs_for(whole))

@@ -29,6 +29,7 @@ def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, devic
     attention = [torch.rand(batch, 4, N, generator=generator).to(device) for _ in range(3)]
     keys = torch.randn(batch, N, 8, generator=generator).to(device, dtype)
     signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys, "values": keys + 1}
+    signals["variance"] = torch.rand(batch, N, generator=generator).to(device)
     for name in ROWS_OF_ATTENTION:
         signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     return Tokens(x, place=Place.grid(batch, SIDE, SIDE, device)), signals
@@ -45,7 +46,7 @@ def cut(tokens: Tokens, signals: dict, b: int, n: int) -> tuple[Tokens, dict]:
             if isinstance(getattr(place, item.name), torch.Tensor)
         },
     )
-    some = {name: (s[b : b + 1, :n] if name in ("keys", "values") else s[b : b + 1, :, :n]) for name, s in signals.items()}
+    some = {name: (s[b : b + 1, :n] if s.shape[1] == N else s[b : b + 1, :, :n]) for name, s in signals.items()}
     return Tokens(tokens.features[b : b + 1, :n], place=place), some
 
 

@@ -114,7 +114,7 @@ class Costs:
         after = (tokens.count() - tokens.prefix).tolist()
         return tuple(ImageCount(i, i, int(b), int(a)) for i, (b, a) in enumerate(zip(before, after, strict=True)))
 
-    def _encoder_lengths(self) -> list[tuple[int, int]]:
+    def _encoder_lengths(self) -> list[tuple[float, float]]:
         """Tokens at the attention and at the MLP of every encoder block in the last forward."""
         site = self.run.site
         if site.lengths:
@@ -123,7 +123,10 @@ class Costs:
         if not self.run.encoder.packed:
             start = site.patches if site.reduction is None else site.reduction.k - self.run.encoder.prefix
             return [(start + self.run.encoder.prefix,) * 2] * blocks if site.pictures else []
-        return [(self.layout.album.patches // max(1, self.layout.images),) * 2] * blocks if self.layout else []
+        if self.flow is None:
+            return []
+        ran, album = self.flow.scene.encoded_patches, self.flow.layout.album
+        return [((album.patches if ran is None else ran) / max(1, len(album)),) * 2] * blocks
 
     def _layer_tokens(self) -> list[float]:
         view = self.run.view
@@ -165,11 +168,15 @@ class Costs:
         pictures = self.run.site.pictures
         if self.layout is not None:  # images and videos take one call of the encoder each
             pictures = len(self.layout.album) if encoder.packed else self.layout.album.patches // self.run.site.patches
-        start = lengths[0][0] if encoder.packed and lengths else self.run.site.patches + encoder.prefix
+        start: float = self.run.site.patches + encoder.prefix
+        if encoder.packed and self.layout is not None:
+            start = self.layout.album.patches / len(self.layout.album)
         ran = full = 0.0
         for number, (before, after) in enumerate(lengths):
-            full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=encoder.keys(number, start))
-            ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=encoder.keys(number, before))
+            keys = encoder.keys(number, start)
+            full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
+            # tokens that left are missed by all others alike
+            ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
         return ran, full
 
     # -- pictures --------------------------------------------------------------------------------------------------------------

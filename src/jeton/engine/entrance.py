@@ -82,8 +82,7 @@ class Entrance:
             run.say("the prompt's image tokens are not known (no input_ids, or features made elsewhere): nothing was reduced")
             return
         prompt.scene = prompt.flow.scene
-        if not prompt.scene.reduced:
-            run.check_keeps(prompt.scene.rows.slot.shape[1])
+        run.check_keeps(prompt.flow.layout.album.candidates(self.gallery.structure).slot.shape[1])
         run.costs.begin(prompt.flow)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:

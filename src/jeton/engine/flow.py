@@ -39,7 +39,8 @@ def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
 @dataclass
 class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
-    patches, (patches, ...) each. met: a prompt has shown them. projected: tokens that went through the projector."""
+    patches, (patches, ...) each. met: a prompt has shown them. projected: tokens that went through the projector.
+    encoded_patches: patches a packed encoder ran on, None for all."""
 
     album: Album
     rows: Rows
@@ -48,6 +49,7 @@ class Scene:
     special: Tensor | None = None
     met: bool = False
     projected: int = 0
+    encoded_patches: int | None = None
     trail: list[Step] = field(default_factory=list)
     given: dict[Need, Tensor] = field(default_factory=dict)
 
@@ -55,6 +57,13 @@ class Scene:
     def reduced(self) -> bool:
         """True if tokens left before any prompt was known."""
         return self.encoded is not None or bool(self.trail)
+
+    def left(self) -> list[Tensor]:
+        """For each image (slots of the longest,) true at the slots that are still there."""
+        longest = max(self.album.counts)
+        alive = torch.zeros(len(self.album), longest + 1, dtype=torch.bool, device=self.rows.slot.device)
+        slot = self.rows.slot if self.rows.mask is None else self.rows.slot.masked_fill(~self.rows.mask, longest)
+        return list(alive.scatter(1, slot, True)[:, :-1])
 
     def shown(self, album: Album, images: list[int]) -> Scene:
         """The same scene as the prompts show it: in their order, repeated for beams. Always a copy: what one forward decides is

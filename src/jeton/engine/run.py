@@ -28,6 +28,7 @@ from .costs import Costs
 from .encoder import EncoderSite
 from .entrance import Entrance
 from .gallery import Gallery
+from .groups import Groups
 from .layers import LayerSite
 from .loss import Loss
 from .outlet import Outlet
@@ -128,7 +129,8 @@ class Run:
         layered = [m for m in self.methods if m.site == "layer"]
         structure = self.newlines or next((m.newlines for m in early + entry + layered), "keep")
         prompt = Prompt(self, view, self.site)
-        gallery = Gallery(prompt, structure)
+        early_groups = [m for m in self.methods if m.site == "pixels" and self.encoder.packed]
+        gallery = Gallery(prompt, structure, Groups(prompt, early_groups))
         gallery.attach()
         Entrance(prompt, gallery, early + entry if view.mixes else entry, self.virtual).attach()
         if view.projector is not None:
@@ -202,13 +204,14 @@ class Run:
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
-            if method.site == "pixels" and not self.encoder.resizable:
+            if method.resizes and not self.encoder.resizable:
                 self._refuse(
                     method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
                 )
             if method.site == "layer" and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
-            if method.site in ("block", "pixels") and isinstance(self.view, VisionLanguage) and self.view.mixes:
+            leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
+            if leaves and isinstance(self.view, VisionLanguage) and self.view.mixes:
                 self._refuse(
                     method,
                     "mixes neighbouring patches into tokens behind its encoder, so they cannot leave one by one inside it",
@@ -285,8 +288,9 @@ class Run:
 
     def check_keeps(self, candidates: int) -> None:
         """Refuse counts above the tokens that may be dropped of the largest image."""
+        sites = ("encoder", "entry", "layer", "pixels") if self.encoder.packed else ("encoder", "entry", "layer")
         for method in self.methods:
-            if method.site in ("encoder", "entry", "layer"):
+            if method.site in sites:
                 self.check_keep(method, candidates)
 
     def encoding(self) -> None:

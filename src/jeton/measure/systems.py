@@ -38,6 +38,7 @@ _SIGNALS = {
     "VisualAttention": "the attention visual tokens receive from each other",
     "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",
+    "PixelVariance": "how much the pixels of each token vary",
 }
 
 

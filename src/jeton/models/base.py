@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layout import Geometry
 from ..method import Unsupported
+from ..ops.pixels import cut
 
 Inputs = Mapping[str, Any]
 
@@ -40,13 +41,15 @@ class Encoder:
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
-    travel in one sequence (no batch axis), so tokens cannot leave inside a block. resizable: it takes pictures of other sizes as
+    travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
+    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as
     pixels. pooling: the head that is handed a token mask as its second argument, where there is one.
     """
 
     prefix: int = 0
     has_class: bool = False
     packed: bool = False
+    groups: bool = False
     resizable: bool = True
     pooling: nn.Module | None = None
 
@@ -85,6 +88,15 @@ class Encoder:
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         """(B, N) true where a patch is real; None when all are."""
         return None
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Pixel values of each patch by channel (..., C, V), for pixel values as the encoder takes them."""
+        return cut(pixels, self.patch_size)
+
+    def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
+        """Inputs of a packed encoder for the patches numbered `kept` alone, ascending, whole merge groups; each at its original
+        position, in the sequence (and window) it had."""
+        raise NotImplementedError
 
     def smaller(self, inputs: Inputs, picture: Callable[[Tensor, tuple[int, int], int], Tensor], grid: tuple[int, int]) -> dict:
         """Inputs for the same encoder on a smaller picture of `grid` patches, position embeddings interpolated."""

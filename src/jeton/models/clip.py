@@ -46,6 +46,9 @@ class Siglip2(_Tower):
             raise ValueError("spatial_shapes describe more patches than pixel_values hold.")
         return [Geometry.picture(height, width) for height, width in shapes]
 
+    def patches(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(-1, (-1, self.model.config.num_channels)).transpose(-1, -2)
+
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         mask = inputs.get("pixel_attention_mask")
         return None if mask is None else mask.bool()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Inputs, adapter
-from .qwen2_vl import Qwen2Tower, Qwen2VL
+from .qwen2_vl import Qwen2Tower, Qwen2VL, ends_among
 
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")
@@ -14,10 +14,28 @@ class Qwen25Tower(Qwen2Tower):
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """The tower attends in windows of permuted 2x2 groups: join the calls and put the groups back."""
         joined = torch.cat(record, dim=-1)
-        order = self._windows(inputs["grid_thw"])
+        order = inputs["window_index"] if "window_index" in inputs else self._windows(inputs["grid_thw"])
         group = self.model.spatial_merge_unit
         back = torch.argsort(order)
         return joined.unflatten(-1, (-1, group))[..., back, :].flatten(-2)
+
+    def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
+        """The windows are those of the whole grid, each with the groups that are left of it."""
+        from transformers.vision_utils import get_vision_window_index
+
+        model, group = self.model, self.model.spatial_merge_unit
+        order, ends = get_vision_window_index(
+            inputs["grid_thw"], model.spatial_merge_size, window_size=model.window_size, patch_size=model.patch_size
+        )
+        order = order.to(kept.device)
+        stays = torch.zeros_like(order, dtype=torch.bool).index_fill(0, kept[::group] // group, True)
+        listed = stays[order]
+        number = stays.cumsum(0) - 1
+        return {
+            **super().shortened(inputs, kept),
+            "window_index": number[order[listed]],
+            "cu_window_seqlens": group * ends_among(listed.nonzero().flatten(), ends // group),
+        }
 
     def keys(self, block: int, n: int) -> int:
         if block in self.model.fullatt_block_indexes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
 @adapter("Qwen2VisionTransformerPretrainedModel")
 class Qwen2Tower(Encoder):
     packed = True
+    groups = (
+        find_spec("transformers.vision_utils") is not None
+    )  # since then a tower takes positions and sequence ends as arguments
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -26,10 +31,29 @@ class Qwen2Tower(Encoder):
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         return torch.cat(record, dim=-1)
 
+    def patches(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(-1, (self.model.config.in_channels, -1))
+
+    def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
+        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+        grid = inputs["grid_thw"]
+        return {
+            **inputs,
+            "hidden_states": inputs["hidden_states"][kept],
+            "position_ids": get_vision_position_ids(grid, self.model.spatial_merge_size)[kept],
+            "cu_seqlens": ends_among(kept, get_vision_cu_seqlens(grid)),
+        }
+
     @property
     def dims(self) -> tuple[int, int, bool]:
         config = self.model.config
         return config.embed_dim, config.embed_dim * config.mlp_ratio, False
+
+
+def ends_among(kept: Tensor, ends: Tensor) -> Tensor:
+    """Where sequences that end at `ends` (first 0) of the whole end among the tokens `kept`; those that lose all are gone."""
+    return torch.searchsorted(kept, ends.to(kept.dtype)).unique_consecutive().to(torch.int32)
 
 
 @adapter("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
