@@ -20,7 +20,7 @@ from jeton.tokens import Reduction, Tokens
 
 @dataclass
 class Seen:
-    """What arrived at the language model's door and at each of its layers, and over how many tokens the encoder's blocks attended."""
+    """What arrived at the language model's door and its layers, and over how many tokens the encoder's blocks attended."""
 
     embeds: Tensor | None = None
     mask: Tensor | None = None

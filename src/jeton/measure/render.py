@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -233,7 +234,7 @@ def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: float, first: int) 
                 lines.append((line.rstrip(), numbers))
                 line, numbers = "", []
             while face.getlength(line + piece) > width and len(piece) > 1:
-                fits = max(1, sum(face.getlength(line + piece[:end]) <= width for end in range(1, len(piece))))
+                fits = max(1, bisect_right(range(1, len(piece)), width, key=lambda end: face.getlength(line + piece[:end])))
                 lines.append((line + piece[:fits], [*numbers, number]))
                 line, numbers, piece = "", [], piece[fits:]
             line, numbers = line + piece, [*numbers, number]
