@@ -281,3 +281,30 @@ def test_where_patches_are_mixed_it_is_refused() -> None:
     for name in ("LlavaOnevisionForConditionalGeneration", "LlavaNextVideoForConditionalGeneration"):
         with pytest.raises(jeton.Unsupported, match="mixes neighbouring patches"):
             apply(tiny.model(name), "pixelworld").remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", QWENS)
+def test_a_page_through_the_models_own_processor(name: str) -> None:
+    """Groups of four consecutive patches are squares of the picture only in the order in which the processor lists patches."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    net = tiny.model(name)
+    page = render("Ink above,", Style(width=128, min_height=192, padding=8)).image
+    processor = Qwen2VLImageProcessorPil(patch_size=tiny.PATCH, size={"shortest_edge": 64, "longest_edge": 128 * 192})
+    made = processor(page, return_tensors="pt")
+    grid = tuple(made["image_grid_thw"][0].tolist())
+    assert grid == (1, 192 // tiny.PATCH, 128 // tiny.PATCH)
+    inputs = tiny.prompts(net, [tiny.Sample((grid,), (3, 5), 1)])
+    inputs["pixel_values"] = made["pixel_values"]
+    with apply(net, "pixelworld") as run:
+        tiny.run(net, inputs)
+        kept = run.assignment(0)[0] >= 0
+    step = 2 * tiny.PATCH
+    grey = np.array(page.convert("L"), float).reshape(grid[1] // 2, step, grid[2] // 2, step)
+    inked = torch.from_numpy(
+        (grey.max((1, 3)) - grey.min((1, 3))) > 60
+    )  # clearly varied; a faint edge may be below the threshold
+    touched = torch.from_numpy(grey.min((1, 3)) < 255)
+    assert bool((kept | ~inked).all()) and not bool((kept & ~touched).any())
+    assert 0 < int(kept.sum()) < kept.numel() / 4 and int(kept.any(1).nonzero().max()) < kept.shape[0] / 3

@@ -51,10 +51,13 @@ class LlavaNextVideo(LlavaNext):
         if stream == "image":
             return super().geometry(inputs, stream)
         self.check()
-        step = self.model.config.spatial_pool_stride
-        squares = torch.arange(self.side // step * step).reshape(-1, step)
         videos, frames = inputs["pixel_values_videos"].shape[:2]
-        return [pooled_frames(frames, self.side, squares)] * videos
+        return [_pooled_video(frames, self.side, self.model.config.spatial_pool_stride)] * videos
+
+
+@lru_cache(maxsize=64)
+def _pooled_video(frames: int, side: int, step: int) -> Geometry:
+    return pooled_frames(frames, side, torch.arange(side // step * step).reshape(-1, step))
 
 
 def pooled_frames(frames: int, side: int, taps: Tensor) -> Geometry:

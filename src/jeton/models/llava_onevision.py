@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,14 +28,24 @@ class LlavaOnevision(LlavaNext):
         side = self.side
         if stream == "video":
             videos, frames = inputs["pixel_values_videos"].shape[:2]
-            return [_ended(pooled_frames(frames, side, bilinear_taps(side, (side + 1) // 2)))] * videos
+            return [_video(frames, side)] * videos
         aspect = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         limit = int(aspect.removeprefix("anyres_max_"))
         sizes = inputs["image_sizes"].tolist()
-        tile = _ended(Geometry.picture(side, side))
+        tile = _tile(side)
         alone = _alone(inputs.get("batch_num_images"), len(sizes))
         # the counts may speak of more images than this call brings: a later turn brings one of several
         return [self.crops(*size, limit) if single else tile for size, single in zip(sizes, alone, strict=False)]
+
+
+@lru_cache(maxsize=64)
+def _video(frames: int, side: int) -> Geometry:
+    return _ended(pooled_frames(frames, side, bilinear_taps(side, (side + 1) // 2)))
+
+
+@lru_cache(maxsize=64)
+def _tile(side: int) -> Geometry:
+    return _ended(Geometry.picture(side, side))
 
 
 def _alone(counts: Tensor | None, images: int) -> list[bool]:
