@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jeton.engine import apply
     from jeton.measure.compare import compare
     from jeton.method import Budget, Sequence, Unsupported, get, methods
+    from jeton.models import ClipText
     from jeton.registry import systems
     from jeton.tokens import Reduction, Tokens
 
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "ClipText",
     "Reduction",
     "Sequence",
     "Tokens",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOME = {
     "Budget": "jeton.method",
+    "ClipText": "jeton.models",
     "Reduction": "jeton.tokens",
     "Sequence": "jeton.method",
     "Tokens": "jeton.tokens",

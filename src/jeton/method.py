@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,10 +67,12 @@ def check_keep(keep: object, name: str = "keep") -> None:
 
 @dataclass(frozen=True)
 class Promise:
-    """How many tokens a method will leave, known before it runs. `exact` is false where it is only an upper bound."""
+    """How many tokens a method will leave, known before it runs. `exact` is false where it is only an upper bound. `per` says
+    of what: of each "image", or on average of the images of one "prompt", which keep that many together."""
 
     count: int
     exact: bool = True
+    per: str = "image"
 
 
 # -- what a method may look at -----------------------------------------------------------------------------------------
@@ -88,10 +90,15 @@ class Need:
 
 @dataclass(frozen=True)
 class ClassAttention(Need):
-    """(B, H, N) attention of the class token over the row's tokens, after softmax over all keys (or the scaled logits)."""
+    """(B, H, N) attention of the class token over the row's tokens, after softmax over all keys (or the scaled logits).
+
+    `joined`: queries and keys of all heads as one of full width (then H is 1). `last`: of the encoder's last block, whatever
+    `layer` says; a model that takes the features of an earlier block runs it too."""
 
     layer: int | None = -1
     logits: bool = False
+    joined: bool = False
+    last: bool = False
     heads: ClassVar[bool] = True
 
 
@@ -121,9 +128,34 @@ class ReceivedAttention(Need):
 
 @dataclass(frozen=True)
 class Keys(Need):
-    """(B, N, d) attention keys averaged over heads."""
+    """(B, N, d) attention keys averaged over heads; `joined`: of all heads side by side. `last` as for `ClassAttention`."""
 
     layer: int | None = -1
+    joined: bool = False
+    last: bool = False
+
+
+class TextTower(Protocol):
+    """Puts patches and questions into one space; `jeton.models.ClipText` is one."""
+
+    width: int
+
+    def similarity(self, patches: Tensor, questions: tuple[str, ...], end: str, normed: bool) -> Tensor:
+        """(..., Q) similarity of patches (..., width), as the encoder's last block leaves them, with each question."""
+
+
+@dataclass(frozen=True)
+class TextSimilarity(Need):
+    """(B, Q, N) similarity of every token of an encoder's output with each of Q questions, in the space of `tower`.
+
+    `end`: the text feature is read at the end of the text ("eos") or at the last place of its padding ("last"). `normed`: patches
+    pass the encoder's last norm before they are projected."""
+
+    tower: TextTower | None = None
+    questions: tuple[str, ...] = ()
+    end: str = "eos"
+    normed: bool = True
+    heads: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +165,7 @@ class Values(Need):
     layer: int | None = -1
 
 
-IN_ENCODER = (ClassAttention, MeanAttention, ClassSimilarity, ReceivedAttention, Keys, Values)
+IN_ENCODER = (ClassAttention, MeanAttention, ClassSimilarity, ReceivedAttention, Keys, Values, TextSimilarity)
 
 
 @dataclass(frozen=True)
@@ -219,6 +251,30 @@ class Given(Need):
             raise ValueError(f"the numbers given for the frames of a video must be finite, got {numbers.tolist()}.")
         parts = torch.stack([part.mean() for part in numbers.split(joined)])
         return torch.nn.functional.pad(parts, (0, width - frames))
+
+
+@dataclass(frozen=True)
+class PageRank(Need):
+    """(B, N) importance of the row's tokens in a language-model layer: sqrt(mean over heads of p²), where p (L) begins as 1 / L on
+    all L tokens of the prompt, text too, and becomes p M in each of `rounds`, with M = softmax(logits / temperature) under the
+    layer's causal mask. `block` queries are looked at at a time. None means the layer before the one the method stands in front
+    of."""
+
+    temperature: float = 0.1
+    rounds: int = 5
+    block: int = 128
+
+
+@dataclass(frozen=True)
+class PairedText(Need):
+    """(B, D) mean embedding of the text that belongs to the row's image, at the language model's entrance: the text between it
+    and the next image of its prompt, behind the last image all that follows. Images side by side share the text behind them;
+    where none follows, all text of the prompt counts."""
+
+
+@dataclass(frozen=True)
+class PromptNumber(Need):
+    """(B,) number of the prompt in which the row's image stands; the images of a prompt are rows in prompt order."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cases import (
     budgeted,
     claimed,
     each,
+    made,
     structure_policy,
     view,
 )
@@ -28,7 +29,7 @@ from witness import Replay, Seen, spied, watching
 import tiny
 from jeton.engine import apply, watch
 from jeton.engine.run import Run
-from jeton.method import Method, Need, Unsupported, get, methods
+from jeton.method import Method, Need, Unsupported, methods
 from jeton.models import Encoder, VisionLanguage
 
 BUDGETS = (0.3, 0.5, 7)
@@ -56,6 +57,7 @@ def check_images(case: Case, method: Method, run: Run, inputs: tiny.Inputs) -> l
     policy, structure = structure_policy(method), run.layout.album.structure
     inside = method.site in ("block", "pixels")
     left = [0] * inputs["input_ids"].shape[0]
+    shared = [0] * len(left)  # what prompts whose images share a budget should have left
     expected = [count for sample in range(len(left)) for count in runs_of_images(inputs, sample)]
     assert [image.before for image in report.images] == expected
     for image in report.images:
@@ -65,7 +67,12 @@ def check_images(case: Case, method: Method, run: Run, inputs: tiny.Inputs) -> l
             assert image.after == shown + structure[image.image]
             continue
         wanted, exact = promised(method, image.before, structure[image.image], policy, depth_of(case))
+        if method.promise(image.before, depth_of(case)).per == "prompt":
+            shared[image.sample] += wanted
+            assert image.after >= 1
+            continue
         assert image.after == wanted if exact else 1 <= image.after <= wanted
+    assert shared in (left, [0] * len(left))
     return left
 
 
@@ -183,7 +190,7 @@ def ends(method: Method, side: int) -> None:
 def test_a_promise_holds_for_other_sizes_and_for_the_defaults(name: str, side: int, keep: int | float | str) -> None:
     if keep == "default":
         side = max(side, 12)  # some papers' defaults are counts above 81
-    ends(get(name) if keep == "default" else budgeted(name, keep), side)
+    ends(made(name) if keep == "default" else budgeted(name, keep), side)
 
 
 @each(

@@ -30,6 +30,7 @@ def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, devic
     keys = torch.randn(batch, N, 8, generator=generator).to(device, dtype)
     signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys, "values": keys + 1}
     signals["variance"] = torch.rand(batch, N, generator=generator).to(device)
+    signals["similarity"] = attention[1][:, :1]
     for name in ROWS_OF_ATTENTION:
         signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     return Tokens(x, place=Place.grid(batch, SIDE, SIDE, device)), signals
@@ -211,5 +212,6 @@ def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
             n = len(tokens)
             signals = {name: torch.rand(2, 4, n) for name in ("attention", "similarity")}
             signals |= {name: torch.randn(2, n, 8) for name in ("keys", "values")}
+            signals |= {name: torch.rand(2, 4, n) for name, need in step.needs().items() if need.heads}
             tokens = step.reduce(tokens, signals).apply(tokens)
     assert len(tokens) == method.promise(N, depth).count == 8

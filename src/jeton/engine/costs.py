@@ -214,7 +214,7 @@ class Costs:
 
 def _follow(owner: Tensor, step: Step, image: int) -> Tensor:
     """Owners (slots that represent each token) after one more reduction."""
-    slots, after = step.before.slot[image].cpu(), step.after.slot[image].cpu()
+    slots, after = step.before.slot[image].cpu(), torch.nn.functional.pad(step.after.slot[image].cpu(), (0, 1), value=-1)
     assign = step.reduction.assign[image].cpu()[step.prefix :]
     went = torch.full((int(max(owner.max(), slots.max())) + 2,), -1)
     real = torch.where(assign < 0, -1, after[assign.clamp(min=0)])

@@ -24,6 +24,7 @@ from ..method import (
     Need,
     PixelVariance,
     ReceivedAttention,
+    TextSimilarity,
     Values,
 )
 from ..models import Encoder
@@ -53,12 +54,15 @@ class EncoderSite:
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
-        for need in late:
+        self.texts = [need for need in late if isinstance(need, TextSimilarity)]
+        for need in late.difference(self.texts):
             self._listener(self.block_of(need)).late.add(need)
         self.clear()
 
     def block_of(self, need: Need) -> int:
         """The encoder block a need names; negative layers count back from the block that feeds what is handed on."""
+        if getattr(need, "last", False):
+            return len(self.encoder.blocks) - 1
         layer = need.layer or 0
         block = layer + self.depth if layer < 0 else layer
         if not 0 <= block < self.depth:
@@ -162,6 +166,11 @@ class EncoderSite:
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
+        for need in self.texts:
+            assert need.tower is not None
+            with self.run.clock.measure("selection"):
+                self.records[need].append(need.tower.similarity(output[0], need.questions, need.end, need.normed))
+                self.records_at[need] = self.reduction
         if self.only is None:
             return None
         # the model splits what comes out by picture: lay it out on the full map
@@ -362,6 +371,9 @@ def _measure(
     need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scale: float
 ) -> Tensor:
     """One signal from one attention call."""
+    if getattr(need, "joined", False):
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+        scale = query.shape[-1] ** -0.5
     first = None if mask is None else mask[:, :, :1]
     if isinstance(need, ClassAttention):
         return attention.rows(query[:, :, :1], key, scale, first, logits=need.logits)[:, :, 0]
@@ -387,7 +399,7 @@ def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _tokens_last(need: Need, value: Tensor) -> Tensor:
-    return value.transpose(1, 2) if value.dim() == 3 and not need.heads else value
+    return value.transpose(1, 2) if value.dim() == 3 and (not need.heads or isinstance(need, TextSimilarity)) else value
 
 
 def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:

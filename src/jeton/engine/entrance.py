@@ -6,17 +6,19 @@ Whatever a conversation has lost is remembered beside its cache; several convers
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..method import Method
+from ..method import Method, Need, PairedText, PromptNumber
 from ..tokens import gather
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
 from .prompt import Prompt, padded
 from .virtual import remembered
+from .words import paired_text, prompt_number
 
 _UNKNOWN = (
     "pictures were reduced before the language model, but the prompt came without input_ids that show where they stand (a "
@@ -136,7 +138,7 @@ class Entrance:
         embeds, memory = kwargs["inputs_embeds"], prompt.memory
         if self.methods:
             with prompt.run.clock.measure("selection"):
-                embeds = self._reduced(flow, embeds)
+                embeds = self._reduced(flow, embeds, kwargs.get("attention_mask"))
         made = flow.cut()
         kwargs["inputs_embeds"] = embeds
         if made is None:
@@ -155,17 +157,23 @@ class Entrance:
             # without a cache and without a mask, a gap in the positions would read as the seam of two packed sequences
             kwargs["attention_mask"] = self._mask(mask)
 
-    def _reduced(self, flow: Flow, embeds: Tensor) -> Tensor:
+    def _reduced(self, flow: Flow, embeds: Tensor, mask: Tensor | None) -> Tensor:
         """Let the methods decide; merged tokens are written where their representative stands."""
         prompt = self.prompt
         flat = padded(embeds.flatten(0, 1))
         tokens = prompt.tokens(flat[flow.at])
+        signal = partial(self._signal, flow, embeds, mask)
         for method in self.methods:
-            tokens = prompt.reduce(method, method, tokens, method.site)
+            tokens = prompt.reduce(method, method, tokens, method.site, signal)
         if tokens.size is None:
             return embeds
         flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
         return flat[:-1].view_as(embeds)
+
+    def _signal(self, flow: Flow, embeds: Tensor, mask: Tensor | None, need: Need) -> Tensor:
+        if isinstance(need, PairedText):
+            return paired_text(flow, embeds, mask)
+        return prompt_number(flow) if isinstance(need, PromptNumber) else self.prompt.encoded(need, 0)
 
     def _follow(self, kwargs: dict) -> None:
         """Nothing leaves here, but earlier columns may be gone: cut the mask to what the cache holds."""

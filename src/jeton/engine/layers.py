@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Budget, LastAttention, LastSimilarity, LayerValues, Method, Need, TextAttention
-from ..ops import attention
+from ..method import LastAttention, LastSimilarity, LayerValues, Method, Need, PageRank, PromptNumber, TextAttention
+from ..ops import attention, budget
+from ..ops.pagerank import importance, pagerank
 from ..tokens import gather
-from .ahead import Ahead, Heard, is_ahead
+from .ahead import Ahead, Heard, is_ahead, row_mask
 from .entrance import pick
 from .flow import Cut, Kept, whole
 from .prompt import Prompt, padded
 from .raters import Raters
 from .tap import Listener
+from .words import prompt_number
 
 Plan = list[list[tuple[Method, Method]]]
 NOMINAL = 576  # tokens of an image, to learn in front of which layers a method acts before any image has been seen
@@ -113,10 +115,10 @@ class LayerSite:
         self.methods, self.depth = methods, len(prompt.view.layers)
         self._plans: dict[int, Plan] = {}
         self.start = NOMINAL
-        self.heard: dict[tuple[int, type[Need]], Heard] = {}
-        self.values: dict[int, Tensor] = {}
+        self.heard: dict[tuple[int, Need], Heard] = {}
+        self.real: Tensor | None = None
         self.raters: Raters | None = None
-        self.rated: dict[int, Tensor] = {}
+        self.rated: dict[int, tuple[Tensor, Tensor, int]] = {}  # (R, L), where visual tokens stood, of how many columns
         self.counts: list[int] | None = None
 
     def plan(self, count: int) -> Plan:
@@ -128,7 +130,7 @@ class LayerSite:
                 for layer, step in enumerate(method.steps(left, self.depth)):
                     if step is not None:
                         steps[layer].append((method, step))
-                left = method.promise(left, self.depth).count
+                left = max(1, method.promise(left, self.depth).count)  # where none is left, later steps do nothing
             self._plans[count] = steps
         return self._plans[count]
 
@@ -142,11 +144,11 @@ class LayerSite:
         first = next((layer for layer, steps in enumerate(self.steps) if steps), None)
         if first is None:
             return
-        listened: dict[int, set[type[Need]]] = {}
+        listened: dict[int, set[Need]] = {}
         for at, steps in enumerate(self.steps):
             for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
-                listened.setdefault(self._read_at(need, at), set()).add(type(need))
-        rated = any(TextAttention in kinds for kinds in listened.values())
+                listened.setdefault(self._read_at(need, at), set()).add(need)
+        rated = any(isinstance(need, TextAttention) for needs in listened.values() for need in needs)
         run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
         for number, layer in enumerate(view.layers):
             if number in listened:
@@ -161,10 +163,11 @@ class LayerSite:
     def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.prompt.stage = self.raters = None
         self.heard.clear()
-        self.values.clear()
         if self.prompt.scene is not None:
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
         self.rated.clear()
+        mask, length = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1] if self.prompt.flow is not None else 0
+        self.real = mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else None
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
@@ -222,12 +225,12 @@ class LayerSite:
         left = []
         for count in self.counts:
             for earlier in itertools.takewhile(lambda each: each is not method, self.methods):
-                count = earlier.promise(count, self.depth).count
+                count = max(1, earlier.promise(count, self.depth).count)
             for step in method.steps(count, self.depth)[: number + 1]:
                 keep = None if step is None else getattr(step, "keep", None)
                 if step is not None and keep is None:  # its steps find their own counts
                     return None
-                count = count if keep is None else Budget(keep).count(count)
+                count = count if keep is None else budget.count(keep, count)
             left.append([count])
         assert self.prompt.scene is not None
         return torch.tensor(left, device=self.prompt.scene.rows.slot.device)
@@ -236,15 +239,16 @@ class LayerSite:
         if ahead is not None and is_ahead(need):
             return ahead.signal(need)
         assert self.prompt.flow is not None
-        flow = self.prompt.flow
-        if isinstance(need, LastAttention | LastSimilarity):
-            return self.heard[self._read_at(need, number), type(need)].over(flow)
-        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
-        if isinstance(need, LayerValues):
-            return self.values[self._read_at(need, number)][at // flow.length, at % flow.length]
+        found = self.heard.get((self._read_at(need, number), need))
+        if found is not None:
+            signal = found.over(self.prompt.flow)
+            return signal if need.heads else signal.movedim(1, -1) if isinstance(need, LayerValues) else signal[:, 0]
+        if isinstance(need, PromptNumber):
+            return prompt_number(self.prompt.flow)
         if isinstance(need, TextAttention):
-            at = at % flow.length
-            return self.rated[self._read_at(need, number)].gather(1, at)
+            rated, columns, length = self.rated[self._read_at(need, number)]
+            at = columns.gather(1, self.prompt.flow.scene.rows.slot)
+            return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
         return self.prompt.encoded(need, 0)
 
     def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
@@ -255,6 +259,8 @@ class LayerSite:
         """Merged tokens are written where their representative stands."""
         prompt, flow = self.prompt, self.prompt.flow
         assert flow is not None
+        if not flow.at.shape[1]:
+            return hidden
         flat = padded(hidden.flatten(0, 1))
         tokens = prompt.tokens(flat[flow.at])
         for method, step in self.steps[number]:
@@ -268,10 +274,11 @@ class LayerSite:
 
 
 class _Listener(Listener):
-    """Hears the last token's attention in one layer, that of the text, or values, while pictures come in."""
+    """Hears the attention of one layer while pictures come in: the last token's, that of the text, its PageRank, or values."""
 
-    def __init__(self, site: LayerSite, number: int, kinds: set[type[Need]]) -> None:
-        self.site, self.number, self.kinds = site, number, kinds
+    def __init__(self, site: LayerSite, number: int, needs: set[Need]) -> None:
+        self.site, self.number, self.needs = site, number, needs
+        self.kinds = set(map(type, needs))
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         prompt = self.site.prompt
@@ -281,19 +288,52 @@ class _Listener(Listener):
         with prompt.run.clock.measure("selection"):
             if self.site.raters is not None and TextAttention in self.kinds:
                 cut = None if prompt.stage is None else prompt.stage.cut
-                self.site.rated[self.number] = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
-            if LayerValues in self.kinds:
-                self.site.values[self.number] = value[:, :, past:].mean(1)
+                rated = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
+                self.site.rated[self.number] = (rated, prompt.flow.columns, prompt.flow.length)
+            for need in self.needs:
+                if isinstance(need, LayerValues):
+                    self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
+                elif isinstance(need, PageRank):
+                    self._hear(need, self._ranks(need, query, key, mask, scale)[:, None])
             if LastAttention not in self.kinds and LastSimilarity not in self.kinds:
                 return
-            # (B, 1) the last token, among the new ones
+            # (B,) the last token, among the new ones
             last = query.new_full((query.shape[0],), query.shape[2] - 1, dtype=torch.long) if prompt.last is None else prompt.last
             if mask is not None:
                 mask = mask[:, None, None].bool() if mask.dim() == 2 else _row(mask, last)
             for kind, states, others, at in ((LastAttention, query, key, last), (LastSimilarity, value, value, last + past)):
                 if kind in self.kinds:
                     rows = attention.rows(_row(states, at), others, scale, mask)[:, :, 0]
-                    self.site.heard[self.number, kind] = Heard(rows, past)
+                    for need in self.needs:
+                        if isinstance(need, kind):
+                            self._hear(need, rows, past)
+
+    def _hear(self, need: Need, rows: Tensor, past: int = 0) -> None:
+        assert self.site.prompt.flow is not None
+        self.site.heard[self.number, need] = Heard(rows, past, self.site.prompt.flow)
+
+    @torch.no_grad()
+    def _ranks(self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
+        batch, heads, length, _ = query.shape
+        past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
+        real, stage = self.site.real, self.site.prompt.stage
+        cut = None if stage is None else stage.cut
+        real = query.new_ones(batch, length, dtype=torch.bool) if real is None else real if cut is None else real.gather(1, cut.index)
+        if cut is not None and cut.valid is not None:
+            real = real & cut.valid
+
+        def rows(begin: int, stop: int) -> Tensor:
+            keys = key[:, :, : past + stop]
+            if mask is None or mask.dim() == 2:
+                column = torch.arange(begin, stop, device=key.device).expand(batch, -1)
+                seen = row_mask(None if mask is None else mask[:, : past + stop], keys, past, everyone, column)
+            else:
+                seen = mask[:, :, begin:stop, : past + stop]
+            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen)[..., past:]
+            return share.masked_fill(~real[:, None, begin:stop, None], 0)  # a row of padding may see no key at all
+
+        return importance(pagerank(rows, real / real.sum(1, keepdim=True), heads, need.rounds, need.block))
 
 
 def _row(x: Tensor, at: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Prompt:
 
 
 def in_front(value: Tensor, prefix: int, need: Need) -> Tensor:
-    """A signal (R, K, ...) as methods expect it, heads before tokens, with zeros for special tokens in front."""
+    """A signal (R, K, ...) as methods expect it, heads and questions before tokens, with zeros for special tokens in front."""
     value = torch.nn.functional.pad(value.movedim(1, -1), (prefix, 0))
     return value if need.heads or value.dim() == 2 else value.movedim(-1, 1)
 

@@ -12,6 +12,7 @@ from ..tokens import gather
 from .ahead import SLAB, query_rows, row_mask
 from .flow import Cut, Flow
 from .prompt import padded
+from .words import prompt_number, text_columns
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,9 @@ class Raters:
         """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
-        end = batch * length
         here = torch.arange(length, device=device)
-        text = torch.ones(end + 1, dtype=torch.bool, device=device)
-        text[flow.columns.flatten()] = False
-        text = text[:-1].view(batch, length)
-        if mask is not None and mask.dim() == 2:
-            text = text & mask[:, -length:].bool()
-        sample = torch.tensor(layout.sample, device=device)
-        image = (flow.columns % length).masked_fill(flow.columns == end, -1).amax(1, keepdim=True)
+        text, sample = text_columns(flow, length, mask), prompt_number(flow)
+        image = (flow.columns % length).masked_fill(flow.columns == batch * length, -1).amax(1, keepdim=True)
         behind = text[sample] & (here > image)
         shown = [0] * batch
         for number, count in zip(layout.sample, layout.album.counts, strict=True):

@@ -18,6 +18,8 @@ from ..method import (
     LastSimilarity,
     Method,
     Need,
+    PairedText,
+    TextSimilarity,
     Unsupported,
     get,
 )
@@ -259,6 +261,28 @@ class Run:
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
                 self._refuse(method, "takes no videos", f"{method.card.id} without them", "numbers for the frames of videos")
+            if isinstance(need, PairedText) and not isinstance(self.view, VisionLanguage):
+                self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the text of each image")
+            if isinstance(need, TextSimilarity):
+                self._check_tower(method, need)
+
+    def _check_tower(self, method: Method, need: TextSimilarity) -> None:
+        """The text tower must be the companion of the encoder: one that was trained beside it has its width."""
+        width = self.encoder.dims[0]
+        if need.tower is None:
+            self._refuse(
+                method,
+                "came without one",
+                "text=jeton.ClipText(clip, tokenizer) and question=..., or text=False to go without the question",
+                "the question through a text tower",
+            )
+        elif need.tower.width != width or self.encoder.packed:
+            self._refuse(
+                method,
+                f"has an encoder of width {width} ({self.encoder.name}) and the tower's patches are {need.tower.width} wide",
+                "the CLIP model that this encoder was taken from, or text=False",
+                "the question through a text tower",
+            )
 
     def _refuse(self, method: Method, lacks: str, instead: str, reads: str = "") -> None:
         reading = f" reads {reads}, but" if reads else " cannot be applied:"

@@ -2,8 +2,10 @@
 
 from . import clip, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, vit
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
+from .clip_text import ClipText
 
 __all__ = [
+    "ClipText",
     "Encoder",
     "Parts",
     "Registry",
