@@ -255,8 +255,8 @@ class Given(Need):
 
 @dataclass(frozen=True)
 class PageRank(Need):
-    """(B, N) importance of the row's tokens in a language-model layer: sqrt(mean over heads of p²), where p (L) begins as 1 / L on
-    all L tokens of the prompt, text too, and becomes p M in each of `rounds`, with M = softmax(logits / temperature) under the
+    """(B, N) importance of the row's tokens in a language-model layer: sqrt(mean over heads of p²), where p (L) begins as 1 / L
+    on all L tokens of the prompt, text too, and becomes p M in each of `rounds`, with M = softmax(logits / temperature) under the
     layer's causal mask. `block` queries are looked at at a time. None means the layer before the one the method stands in front
     of."""
 

@@ -159,7 +159,12 @@ class Costs:
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)
             ran += each * projected
-        return ran, full
+        return ran + self._mixing(), full
+
+    def _mixing(self) -> float:
+        """Products with dense matrices; other reductions only move and add."""
+        dense = [(tokens, last.matrix) for tokens, last in self.sites.values() if last.matrix is not None]
+        return float(sum(2 * matrix.numel() * tokens.features.shape[2] for tokens, matrix in dense))
 
     def _encoder_flops(self) -> tuple[float, float]:
         lengths = self._encoder_lengths()

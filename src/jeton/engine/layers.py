@@ -317,9 +317,12 @@ class _Listener(Listener):
         """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
         batch, heads, length, _ = query.shape
         past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
-        real, stage = self.site.real, self.site.prompt.stage
+        stage, real = self.site.prompt.stage, self.site.real
         cut = None if stage is None else stage.cut
-        real = query.new_ones(batch, length, dtype=torch.bool) if real is None else real if cut is None else real.gather(1, cut.index)
+        if real is None:
+            real = query.new_ones(batch, length, dtype=torch.bool)
+        elif cut is not None:
+            real = real.gather(1, cut.index)
         if cut is not None and cut.valid is not None:
             real = real & cut.valid
 

@@ -62,8 +62,10 @@ def local_outlier_factor(score: Tensor, neighbours: int, mask: Tensor | None = N
     k = (real.sum(1) - 1).clamp(min=0, max=reach)[:, None, None]
     step = torch.cat([torch.arange(-reach, 0, device=score.device), torch.arange(1, reach + 1, device=score.device)])
     place = torch.arange(n, device=score.device)[:, None] + step
-    fits = (place >= 0) & (place < n) & inside.gather(1, place.clamp(0, max(n - 1, 0)).flatten().expand(len(score), -1)).unflatten(
-        1, place.shape
+    fits = (
+        (place >= 0)
+        & (place < n)
+        & inside.gather(1, place.clamp(0, max(n - 1, 0)).flatten().expand(len(score), -1)).unflatten(1, place.shape)
     )
     place = place.clamp(0, max(n - 1, 0)).expand(len(score), -1, -1)
 

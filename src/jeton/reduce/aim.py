@@ -35,7 +35,7 @@ class AIM(Method):
     """Merge each picture's tokens in rounds of bipartite matching, then drop visual tokens over the second half of the layers.
 
     Merging, of each picture, crop or frame by itself: tokens at even places send, those at odd places receive; cosine of the
-    features; the r senders most similar to their best receiver join it, and the group becomes its plain mean (sizes do not count).
+    features; the r senders most similar to their best receiver join it, and the group becomes its plain mean (no sizes).
     r is N // 2, then N // 4, ... of the N tokens at first, `rounds` of them: 196 -> 98 -> 49. `before` "model" merges what the
     language model is about to see, "projector" what the encoder made (the authors' setting for LLaVA-1.5, with rounds=3).
 
@@ -49,8 +49,8 @@ class AIM(Method):
     merging leaves no less than sqrt(N keep). A fraction rounds twice and may end one token beside it. `ratios` instead lists the
     shares left behind layers start, start + 1, ...; 0 is allowed.
 
-    With `restore_order` a merged token stands where the first of its group stood, and the next round takes turns by that. Without,
-    it stands where its receiver did, and the next round goes by the published listing: unmerged senders, most similar first, then
+    With `restore_order` a merged token stands where the first of its group stood, and the next round goes by that. Without, it
+    stands where its receiver did, and the next round goes by the published listing: unmerged senders, most similar first, then
     receivers. In the prompt tokens always stand in the order of their picture. The release only masks dropped tokens, which
     still pass mass on as queries; here they are gone.
     """
@@ -73,7 +73,9 @@ class AIM(Method):
             raise ValueError(f'before must be "model" or "projector", got {self.before!r}.')
         for name, least in (("rounds", 0), ("start", 0), ("iterations", 0), ("query_block", 1)):
             value = getattr(self, name)
-            if (value is not None or name != "start") and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if (value is not None or name != "start") and (
+                isinstance(value, bool) or not isinstance(value, int) or value < least
+            ):
                 raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}.")
         if not self.tau > 0:
             raise ValueError(f"tau={self.tau!r} must be above 0; attention as it is has tau=1.0.")
@@ -207,8 +209,8 @@ class _Layered(Method):
         begin = max(0, min(depth // 2, depth - 1 - len(plan))) if self.start is None else self.start
         if begin + len(plan) >= depth:
             raise ValueError(
-                f"aim prunes behind layers {begin} to {begin + len(plan) - 1}, but of {depth} layers only 0 to {depth - 2} have one "
-                f"behind them; use a smaller start, or fewer ratios."
+                f"aim prunes behind layers {begin} to {begin + len(plan) - 1}, but of {depth} layers only 0 to {depth - 2} have "
+                f"one behind them; use a smaller start, or fewer ratios."
             )
         at = dict(enumerate(plan, begin + 1))
         return [_Stage(at[layer], self.need) if layer in at else None for layer in range(depth)]

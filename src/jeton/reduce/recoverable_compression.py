@@ -86,7 +86,9 @@ class RecoverableCompression(Method):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a count of 1 or more, got {value!r}.")
         if self.text not in (None, False) and not self._questions:
-            raise ValueError('text guidance needs to know what is asked; pass question="...", or a tuple with one for each image.')
+            raise ValueError(
+                'text guidance needs to know what is asked; pass question="...", or a tuple with one for each image.'
+            )
 
     def needs(self) -> dict[str, Need]:
         seen: dict[str, Need] = {
