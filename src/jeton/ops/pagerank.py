@@ -14,7 +14,7 @@ from torch import Tensor
 def pagerank(rows: Callable[[int, int], Tensor], start: Tensor, heads: int, rounds: int, block: int = 128) -> Tensor:
     """(B, H, L) float32: ``p <- p M`` done `rounds` times from `start` (B, L), for M lower triangular.
 
-    ``rows(begin, stop)`` gives the rows begin..stop of M, (B, H, stop - begin, stop). Nothing flows to a token from one before it,
+    ``rows(begin, stop)`` gives rows begin..stop of M, (B, H, stop - begin, stop). Nothing flows to a token from one before it,
     so blocks of rows are taken from the last to the first, each once, with all rounds of its tokens: no L x L map is stored.
     """
     assert start.dim() == 2 and rounds >= 0 and block > 0, f"start {tuple(start.shape)}, rounds={rounds}, block={block}"

@@ -20,7 +20,6 @@ from ._common import best, score_of
 
 FALLS = 8  # layers over which tokens go, an eighth at a time
 DEPTH = 28  # of the model for which the schedule was published
-Keep = int | float | None
 
 
 @register(
@@ -56,7 +55,7 @@ class AIM(Method):
     """
 
     site = "layer"
-    keep: Keep = None
+    keep: int | float | None = None
     rounds: int = 2
     before: str = "model"
     restore_order: bool = True
@@ -123,7 +122,7 @@ class _Merging(Method):
     """The rounds of merging. keep: the budget of the whole."""
 
     site = "entry"
-    keep: Keep
+    keep: int | float | None
     rounds: int
     restore_order: bool
 
@@ -195,7 +194,7 @@ class _Layered(Method):
     """The prunings in the language model. keep: the budget of the whole; last: what is left of the tokens that enter."""
 
     site = "layer"
-    keep: Keep
+    keep: int | float | None
     last: int | float
     start: int | None
     ratios: tuple[float, ...] | None
