@@ -41,7 +41,8 @@ class CATP(Method):
     mix · Δ_j / max Δ + (1 - mix) · cos(x_j, mean of the last image's tokens), from the hidden states behind layer b.
 
     `keep` is what an image keeps on average of its prompt (0.222: the paper's 77.8 % removed); `first` is the share of the
-    removed tokens that leave before the language model. A fraction rounds twice. layers None are 6 and 10 of 32, scaled to the depth.
+    removed tokens that leave before the language model. A fraction rounds twice. layers None are 6 and 10 of 32, scaled to the
+    depth.
 
     No code is published, and of the paper the abstract and summaries were at hand: the form of both terms, `balance`, `first`,
     `mix`, the layers and the share by sums of Δ are ours.
