@@ -39,8 +39,9 @@ def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
 @dataclass
 class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
-    patches, (patches, ...) each. met: a prompt has shown them. projected: tokens that went through the projector.
-    encoded_patches: patches a packed encoder ran on, None for all."""
+    patches, (patches, ...) each. scores: what methods decided by, by their id, (R, M) over each image's tokens, for their later
+    parts. met: a prompt has shown them. projected: tokens that went through the projector. encoded_patches: patches a packed
+    encoder ran on, None for all."""
 
     album: Album
     rows: Rows
@@ -52,6 +53,7 @@ class Scene:
     encoded_patches: int | None = None
     trail: list[Step] = field(default_factory=list)
     given: dict[Need, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def reduced(self) -> bool:
@@ -70,11 +72,12 @@ class Scene:
         not left behind for the next one that shows these pictures."""
         self.met = True
         if album is self.album:
-            return replace(self, trail=list(self.trail))
+            return replace(self, trail=list(self.trail), scores=dict(self.scores))
         at = torch.tensor(images, device=self.rows.slot.device)
         trail = [step.pick(at) for step in self.trail]
         given = {need: value[at] for need, value in self.given.items()}
-        return replace(self, album=album, rows=self.rows.pick(at), trail=trail, given=given)
+        scores = {name: score[at] for name, score in self.scores.items()}
+        return replace(self, album=album, rows=self.rows.pick(at), trail=trail, given=given, scores=scores)
 
 
 @dataclass

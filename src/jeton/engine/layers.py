@@ -117,8 +117,9 @@ class LayerSite:
         self.start = NOMINAL
         self.heard: dict[tuple[int, Need], Heard] = {}
         self.real: Tensor | None = None
-        self.raters: Raters | None = None
-        self.rated: dict[int, tuple[Tensor, Tensor, int]] = {}  # (R, L), where visual tokens stood, of how many columns
+        self.raters: dict[str, Raters] = {}
+        # by layer and raters: (R, L), where visual tokens stood, and of how many columns
+        self.rated: dict[tuple[int, str], tuple[Tensor, Tensor, int]] = {}
         self.counts: list[int] | None = None
 
     def plan(self, count: int) -> Plan:
@@ -148,8 +149,10 @@ class LayerSite:
         for at, steps in enumerate(self.steps):
             for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
                 listened.setdefault(self._read_at(need, at), set()).add(need)
-        rated = any(isinstance(need, TextAttention) for needs in listened.values() for need in needs)
-        run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
+        heard = (LastAttention, LastSimilarity, LayerValues, PageRank, TextAttention)
+        listened = {at: {need for need in needs if isinstance(need, heard)} for at, needs in listened.items()}
+        raters = {need.raters for needs in listened.values() for need in needs if isinstance(need, TextAttention)}
+        run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, raters), with_kwargs=True))
         for number, layer in enumerate(view.layers):
             if number in listened:
                 run.taps.listen(view.attention(layer), _Listener(self, number, listened[number]))
@@ -160,18 +163,20 @@ class LayerSite:
     def _read_at(need: Need, layer: int) -> int:
         return layer - 1 if need.layer is None else need.layer
 
-    def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.prompt.stage = self.raters = None
+    def _fresh(self, raters: set[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.prompt.stage = None
         self.heard.clear()
+        self.raters.clear()
         if self.prompt.scene is not None:
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
         self.rated.clear()
         mask, length = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1] if self.prompt.flow is not None else 0
         self.real = mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else None
         prompt, scene = self.prompt, self.prompt.scene
-        if rated and prompt.flow is not None:
+        if raters and prompt.flow is not None:
+            embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
             with prompt.run.clock.measure("selection"):
-                self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                self.raters = {which: Raters.choose(prompt.flow, embeds, mask, which) for which in raters}
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
@@ -246,7 +251,7 @@ class LayerSite:
         if isinstance(need, PromptNumber):
             return prompt_number(self.prompt.flow)
         if isinstance(need, TextAttention):
-            rated, columns, length = self.rated[self._read_at(need, number)]
+            rated, columns, length = self.rated[self._read_at(need, number), need.raters]
             at = columns.gather(1, self.prompt.flow.scene.rows.slot)
             return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
         return self.prompt.encoded(need, 0)
@@ -279,6 +284,7 @@ class _Listener(Listener):
     def __init__(self, site: LayerSite, number: int, needs: set[Need]) -> None:
         self.site, self.number, self.needs = site, number, needs
         self.kinds = set(map(type, needs))
+        self.raters = {need.raters for need in needs if isinstance(need, TextAttention)}
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         prompt = self.site.prompt
@@ -286,10 +292,10 @@ class _Listener(Listener):
             return
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
-            if self.site.raters is not None and TextAttention in self.kinds:
-                cut = None if prompt.stage is None else prompt.stage.cut
-                rated = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
-                self.site.rated[self.number] = (rated, prompt.flow.columns, prompt.flow.length)
+            cut = None if prompt.stage is None else prompt.stage.cut
+            for which in self.raters:
+                rated = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
+                self.site.rated[self.number, which] = (rated, prompt.flow.columns, prompt.flow.length)
             for need in self.needs:
                 if isinstance(need, LayerValues):
                     self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))

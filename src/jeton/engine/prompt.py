@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Need
+from ..method import Carried, Method, Need
 from ..models import VisionLanguage
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
@@ -87,11 +87,13 @@ class Prompt:
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(site, method, tokens, reduction)
         if reduction.is_identity:
+            self._carry(method, reduction, tokens.prefix)
             return tokens
         after = reduction.apply(tokens)
         before = scene.rows
         scene.rows = _seat(reduction, tokens, before, after.mask) if tokens.prefix else Rows(after.origin, after.mask)
         scene.trail.append(Step(before, reduction, tokens.prefix, scene.rows))
+        self._carry(method, reduction, tokens.prefix)
         mixed = tokens.size is not None or not reduction.is_drop
         place = scene.album.place.gather(scene.rows.slot)
         return Tokens(after.features, after.mask, scene.rows.slot, after.weight if mixed else None, place=place)
@@ -103,6 +105,8 @@ class Prompt:
         assert scene is not None
         if need in scene.given:
             return scene.given[need]
+        if isinstance(need, Carried):
+            return in_front(scene.scores[need.of].gather(1, scene.rows.slot), prefix, need)
         if need not in scene.signals:  # the encoder has just run
             scene.signals[need] = self.encoder.flat(need)
         flat = padded(scene.signals[need])
@@ -113,6 +117,15 @@ class Prompt:
         count = (~none).sum(2).clamp(min=1)
         value = parts.sum(2) / count.reshape(*count.shape, *(1,) * (parts.dim() - 3))
         return in_front(value, prefix, need)
+
+    def _carry(self, method: Method, reduction: Reduction, prefix: int) -> None:
+        """Keep the score a method hands on over all tokens of each image; padding, which repeats slots, is left out."""
+        if reduction.score is None:
+            return
+        assert self.scene is not None
+        rows, most, score = self.scene.rows, self.scene.album.source.shape[1], reduction.score[:, prefix:]
+        slot = rows.slot if rows.mask is None else rows.slot.masked_fill(~rows.mask, most)
+        self.scene.scores[method.card.id] = score.new_zeros(len(slot), most + 1).scatter(1, slot, score)[:, :most]
 
 
 def in_front(value: Tensor, prefix: int, need: Need) -> Tensor:

@@ -26,8 +26,9 @@ class Raters:
     most: int
 
     @classmethod
-    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None) -> Raters:
-        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model."""
+    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, which: str = "relevant") -> Raters:
+        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model. `which` of the text
+        behind an image rates it: what is "relevant", or "all" of it."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
         here = torch.arange(length, device=device)
@@ -38,7 +39,10 @@ class Raters:
         for number, count in zip(layout.sample, layout.album.counts, strict=True):
             shown[number] += count
         most = min(length, layout.length - min(shown))
-        return cls(text, _weights(flow, embeds, behind, _first(text, most)[sample]), sample, most)
+        weight = behind.float() / behind.sum(1, keepdim=True).clamp(min=1)
+        if which == "relevant":
+            weight = _weights(flow, embeds, behind, _first(text, most)[sample])
+        return cls(text, weight, sample, most)
 
     def attention(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, flow: Flow, cut: Cut | None) -> Tensor:
         """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads and raters, a slab of text at

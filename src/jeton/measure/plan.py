@@ -12,7 +12,8 @@ from ..registry import Card
 
 CONTROLS = ("random", "uniform", "pool", "downsample")
 KEEP: tuple[int | float, ...] = (0.25, 0.1, 0.05)
-_AMOUNTS = ("keep", "r", "ratio", "dominant")  # fields by which a spec says how much it keeps
+# fields by which a spec says how much it keeps
+_AMOUNTS = ("keep", "r", "ratio", "ratios", "dominant", "schedule", "calibration")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ _SIGNALS = {
     "ReceivedAttention": "the attention each token receives",
     "MeanAttention": "the attention of the mean query",
     "ClassSimilarity": "the similarity of values to the class token's",
+    "AnchorAttention": "the attention each token receives from those that receive most",
+    "PatchEntropy": "the entropy of each patch's grey values",
     "Keys": "attention keys",
     "Values": "attention values",
     "LastAttention": "the attention of the prompt's last token",

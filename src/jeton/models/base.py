@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layout import Geometry
 from ..method import Unsupported
-from ..ops.pixels import cut
+from ..ops.pixels import cut, grey
 
 Inputs = Mapping[str, Any]
 
@@ -42,8 +42,9 @@ class Encoder:
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as
-    pixels. pooling: the head that is handed a token mask as its second argument, where there is one.
+    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that is
+    handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor normalises
+    pixels unless told otherwise.
     """
 
     prefix: int = 0
@@ -52,6 +53,8 @@ class Encoder:
     groups: bool = False
     resizable: bool = True
     pooling: nn.Module | None = None
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -92,6 +95,11 @@ class Encoder:
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixel values of each patch by channel (..., C, V), for pixel values as the encoder takes them."""
         return cut(pixels, self.patch_size)
+
+    def grey(self, inputs: Inputs, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Tensor:
+        """(B, N, V) the grey values 0..255 of every patch, de-normalised; B is 1 where the encoder is packed."""
+        patches = self.patches(inputs["hidden_states"])[None] if self.packed else self.patches(inputs["pixel_values"])
+        return grey(patches, self.pixel_mean if mean is None else mean, self.pixel_std if std is None else std)
 
     def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
         """Inputs of a packed encoder for the patches numbered `kept` alone, ascending, whole merge groups; each at its original
