@@ -40,7 +40,11 @@ def text_lengths(net: nn.Module, inputs: tiny.Inputs) -> Tensor:
 
 
 def depth_of(case: Case) -> int:
+    """Encoder blocks or language-model layers that tokens pass where the method acts."""
     seen = view(case.model)
+    if case.made().site == "layer":
+        assert isinstance(seen, VisionLanguage)
+        return len(seen.layers)
     return seen.feature_block + 1 if isinstance(seen, VisionLanguage) else len(seen.blocks)
 
 

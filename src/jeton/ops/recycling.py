@@ -37,8 +37,8 @@ def recycle(score: Tensor, label: Tensor, budget: Tensor, k: int, mask: Tensor |
 
 
 def _gathered(score: Tensor, label: Tensor, real: Tensor, count: Tensor, budget: Tensor) -> Tensor:
-    """(B, N) true for the tokens that go into groups: each of them but the lowest of its group makes one token fewer, so the lowest
-    go until count - budget of these others are among them."""
+    """(B, N) true for the tokens that go into groups: each of them but the lowest of its group makes one token fewer, so they go,
+    lowest first, until count - budget of these others are among them."""
     n = score.shape[1]
     group = torch.where(real, label, n)
     size = label.new_zeros(len(label), n + 1).scatter_add(1, group, torch.ones_like(label)).gather(1, group)

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
-
 from ..calibration import Study
 from ..method import LastAttention, Method, Need, Promise, Signals, TextAttention, check_keep, register
 from ..ops.budget import count
 from ..ops.schedule import falling, fitted, middle_of, whole_counts
 from ..ops.search import Point, Range, least
 from ..tokens import Reduction, Tokens
-from ._common import best, score_of
+from ._common import best, planned, score_of
 
 KAPPA = Range(0.05, 16.0, log=True)  # per layer; at 16 the sigmoid is a step between two layers
 
@@ -84,10 +82,8 @@ class GSearch(Method):
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         """Down to what the last layer sees."""
-        last = [self.promise(n).count if n else 0 for n in range(len(tokens) + 1)] if tokens.mask is not None else None
-        if last is not None:
-            planned = torch.tensor(last, device=tokens.device)[tokens.count()][:, None]
-            signals = {"quota": planned, **(signals or {})}
+        if tokens.mask is not None:
+            signals = {"quota": planned(self, tokens), **(signals or {})}
         return _Stage(self.promise(len(tokens)).count, self.queries).reduce(tokens, signals)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
@@ -169,7 +165,7 @@ class _Stage(Method):
         return _needs(self.queries)
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
-        return best(score_of(signals, "attention", "g-search"), tokens, self.keep, signals)
+        return best(score_of(signals, "attention", "g-search"), tokens, self.keep, signals, most=len(tokens))
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return Promise(count(self.keep, n))

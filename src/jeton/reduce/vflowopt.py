@@ -1,4 +1,4 @@
-"""VFlowOpt: prune and recycle behind the encoder, prune again by the same map in the language model, and optimise the settings."""
+"""VFlowOpt: prune and recycle behind the encoder, prune again by the same map in the language model, optimise the settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..ops.recycling import recycle
 from ..ops.schedule import last_share
 from ..ops.search import Point, Range
 from ..tokens import Reduction, Tokens
-from ._common import best, check_layers, quota, score_of, stages
+from ._common import best, check_layers, planned, quota, score_of, stages
 
 STAGES = (Fraction(9, 28), Fraction(18, 28))
 FIRST, SECOND = 0.2651026, 0.9833433  # the published optimum at a quarter of the tokens
@@ -84,9 +84,7 @@ class VFlowOpt(Method):
         check_layers(self.layers, len(STAGES))
         if self.ratios is not None:
             if not isinstance(self.ratios, tuple | list) or len(self.ratios) not in (2, 3):
-                raise ValueError(
-                    f"ratios lists two shares, of the entrance and the first stage, or all three, got {self.ratios!r}."
-                )
+                raise ValueError(f"ratios lists two shares, for the entrance and the first stage, or three, got {self.ratios!r}.")
             for ratio in self.ratios:
                 check_keep(float(ratio), "each of ratios")
         if not self.threshold >= 0:
@@ -107,11 +105,9 @@ class VFlowOpt(Method):
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         """At once down to what the last stage leaves."""
-        if tokens.mask is not None:
-            left = [self.promise(n).count if n else 0 for n in range(len(tokens) + 1)]
-            planned = torch.tensor(left, device=tokens.device)[tokens.count()][:, None]
-            signals = {**(signals or {}), "quota": planned}
-        return _Entrance(self, self.promise(len(tokens)).count).reduce(tokens, signals)
+        if tokens.mask is None:
+            return _Entrance(self, self.promise(len(tokens)).count).reduce(tokens, signals)
+        return _Entrance(self, len(tokens)).reduce(tokens, {"quota": planned(self, tokens), **(signals or {})})
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         return _Layers(self).steps(count(self.entering, n), depth)
@@ -235,7 +231,7 @@ class _Layers(Method):
         return self.whole.keep
 
     def needs(self) -> dict[str, Need]:
-        return {"importance": Carried("vflowopt")}
+        return {"importance": Carried(of="vflowopt")}
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         self.whole.check(depth)
@@ -254,10 +250,10 @@ class _Stage(Method):
     keep: int
 
     def needs(self) -> dict[str, Need]:
-        return {"importance": Carried("vflowopt")}
+        return {"importance": Carried(of="vflowopt")}
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
-        return best(score_of(signals, "importance", "vflowopt"), tokens, self.keep, signals)
+        return best(score_of(signals, "importance", "vflowopt"), tokens, self.keep, signals, most=len(tokens))
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return Promise(count(self.keep, n))
