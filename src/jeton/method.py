@@ -337,15 +337,15 @@ class Method:
     beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
     of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
     the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
-    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches.
+    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. Where
+    `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
+    left.
+
+    A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
+    which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
     """
 
     card: ClassVar[Card]
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    objective: ClassVar[str] = "answer"
-    calls: ClassVar[int] = 60
-    warmup: ClassVar[int | None] = None
-    calibration: Calibration | None = None
     site: ClassVar[str]
     point: ClassVar[str] = "middle"
     newlines: ClassVar[str] = "keep"
@@ -353,6 +353,12 @@ class Method:
     proportional: bool = False
     virtual: bool = False
     resizes: ClassVar[bool] = False
+    average: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    calibration: Calibration | None = None
+    objective: ClassVar[str] = "answer"
+    calls: ClassVar[int] = 60
+    warmup: ClassVar[int | None] = None
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""

@@ -152,7 +152,7 @@ def test_nothing_waits_for_the_device(card, keep, units):
     tokens = dataclasses.replace(tokens, place=dataclasses.replace(tokens.place, units=units, **grid))
     step = get(card.id, keep=keep).reduce(tokens, signals)
     after = step.apply(tokens)
-    assert len(after) == step.k and step.then(get("uniform", keep=2).reduce(after)).k == 2
+    assert len(after) == step.k and step.then(get("uniform", keep=2).reduce(after)).k == min(2, step.k)
 
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
@@ -213,5 +213,7 @@ def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
             signals = {name: torch.rand(2, 4, n) for name in ("attention", "similarity")}
             signals |= {name: torch.randn(2, n, 8) for name in ("keys", "values")}
             signals |= {name: torch.rand(2, 4, n) for name, need in step.needs().items() if need.heads}
+            signals["importance"] = torch.rand(2, n)
             tokens = step.reduce(tokens, signals).apply(tokens)
-    assert len(tokens) == method.promise(N, depth).count == 8
+    assert len(tokens) == method.promise(N, depth).count
+    assert len(tokens) <= 8 if method.average else len(tokens) == 8

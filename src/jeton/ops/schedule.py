@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .search import root
 
@@ -43,9 +44,8 @@ def whole_counts(shares: Sequence[float], n: int) -> list[int]:
 def mean_share(shares: Sequence[float], places: Sequence[int], depth: int) -> float:
     """What `depth` layers see on average, as a share of the tokens: shares[0] from the entrance on, of those shares[1] from layer
     places[0] on, and so forth."""
-    borders = [0, *places, depth]
     left, total = 1.0, 0.0
-    for share, start, end in zip(shares, borders, borders[1:], strict=True):
+    for share, (start, end) in zip(shares, pairwise([0, *places, depth]), strict=True):
         left *= share
         total += left * (end - start)
     return total / depth

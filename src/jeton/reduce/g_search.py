@@ -50,6 +50,7 @@ class GSearch(Method):
     """
 
     site = "layer"
+    average = True
     keep: int | float | None = 0.25
     schedule: tuple[float, ...] | None = None
     kappa: float = 0.5
@@ -127,7 +128,7 @@ class GSearch(Method):
                 return study.score(replace(self, schedule=schedule), layer=layer, share=k / self.grid, schedule=schedule) >= bar
 
             taken[layer:] = [least(passes, 1, taken[layer - 1])] * (study.depth - layer)
-        study.notes += _violations(study, bar)
+        study.notes += _violations(study, self.delta * abs(study.full))
         study.searched = "bisection"
         return replace(self, schedule=self._on_grid(taken))
 
@@ -199,17 +200,18 @@ def _check_schedule(schedule: object) -> None:
         raise ValueError(f"schedule must begin with 1.0, for layer 0, and never grow, got {schedule!r}.")
 
 
-def _violations(study: Study, bar: float) -> list[str]:
-    """Candidates below the bar that keep at least as much in every layer as one above it."""
-    tried = [(trial.point["schedule"], trial.score >= bar) for trial in study.trials]
+def _violations(study: Study, slack: float) -> list[str]:
+    """A note on candidates that score lower, by more than `slack`, than one that keeps no more tokens in any layer."""
+    whole = (1.0,) * study.depth
+    tried = [(whole, study.full), *((trial.point["schedule"], trial.score) for trial in study.trials)]
     wrong = [
         more
-        for more, passed in tried
-        if not passed and any(good and all(a >= b for a, b in zip(more, less, strict=True)) for less, good in tried)
+        for more, low in tried
+        if any(low < high - slack and all(a >= b for a, b in zip(more, less, strict=True)) for less, high in tried)
     ]
     if not wrong:
         return []
     return [
-        f"{len(wrong)} of {len(tried)} candidates fall below the bar although they keep at least as many tokens in every "
-        "layer as one above it: scores do not always rise with tokens here, so the schedule may not be the least."
+        f"{len(wrong)} of {len(tried)} schedules score lower than one with no more tokens in any layer, by more than the loss that "
+        "is allowed: scores do not rise with tokens here, so this schedule may not be the least."
     ]

@@ -61,6 +61,7 @@ class VFlowOpt(Method):
     """
 
     site = "layer"
+    average = True
     objective = "cosine"
     calls = 327
     warmup = 27
