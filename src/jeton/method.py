@@ -384,7 +384,7 @@ class Method:
 
     def calibrated(self, study: Study) -> Method:
         """The same method with the fields it can calibrate set to the best that it finds in a study."""
-        raise TypeError(f"{self.card.id} has nothing to calibrate; {_tunable()}.")
+        raise TypeError(untunable(self))
 
     def fit(self, model: Any, data: Iterable[Any], **how: Any) -> Self:
         """A new method with its fields calibrated on a model and data: ``jeton.tune(model, self, data, ...)``, see there. Its
@@ -572,6 +572,7 @@ def known(method: Method, calibration: Calibration) -> Method:
     return method
 
 
-def _tunable() -> str:
+def untunable(method: Method) -> str:
+    """The sentence with which `tune` refuses a method."""
     names = [card.id for card in methods() if card.object.calibrated is not Method.calibrated]
-    return f"methods that have: {', '.join(names)}"
+    return f"{method.card.id} has nothing to calibrate; methods that have: {', '.join(names)}."

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ..calibration import Calibration, Study
 from ..engine import apply, watch
-from ..method import Method, get, known
+from ..method import Method, get, known, untunable
 from ..method import Sequence as Chain
 from ..models import VisionLanguage, adapt
 from ..ops.search import check_sampler
@@ -54,6 +55,8 @@ def tune(
     made = get(method, **fields)
     if isinstance(made, Chain):
         raise TypeError(f"tune calibrates one method at a time; name one of {made.spec}.")
+    if type(made).calibrated is Method.calibrated:
+        raise TypeError(untunable(made))
     check_sampler(sampler)
     objective = objective or made.objective
     if objective not in OBJECTIVES:
@@ -122,7 +125,7 @@ class _Cosine:
     """Remembers the states of the first round, which is that with all tokens."""
 
     def __init__(self, model: nn.Module, view: VisionLanguage) -> None:
-        self.decoder = view.decoder
+        self.decoder: Any = view.decoder
         self.whole: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -184,7 +187,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _shown(progress: bool, spec: str, objective: str) -> Iterator[Callable[[float], None]]:
     """A progress bar that counts candidates and shows the best score."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[best]}"))
-    with Progress(*columns, TimeElapsedColumn(), disable=not progress, transient=True) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(f"tuning {spec}", total=None, best="")
         best = float("-inf")
 

@@ -212,6 +212,6 @@ def _violations(study: Study, slack: float) -> list[str]:
     if not wrong:
         return []
     return [
-        f"{len(wrong)} of {len(tried)} schedules score lower than one with no more tokens in any layer, by more than the loss that "
-        "is allowed: scores do not rise with tokens here, so this schedule may not be the least."
+        f"{len(wrong)} of {len(tried)} schedules score lower than one with no more tokens in any layer, by more than the loss "
+        "that is allowed: scores do not rise with tokens here, so this schedule may not be the least."
     ]
