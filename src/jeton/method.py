@@ -235,9 +235,11 @@ class TextAttention(Need):
 
     Raters are the text tokens whose relevance to the image is above the mean: the softmax over this text of V Tᵀ, averaged over
     the visual tokens, from the embeddings at the entrance; with `raters` "all", or where none is above, all of the text. Where no
-    text follows, the last token that is left of the prompt is the rater."""
+    text follows, the last token that is left of the prompt is the rater. With `peak`, the largest of the raters' attention
+    (averaged over heads) instead of the mean."""
 
     raters: str = "relevant"
+    peak: bool = False
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,64 @@ class Carried(Need):
     of: str = ""
 
 
+@dataclass(frozen=True)
+class Entered(Need):
+    """(B, 1) how many tokens of the row entered the language model, whatever has left since."""
+
+
+@dataclass(frozen=True)
+class Neurons(Need):
+    """(B, N, F) bool: which of the F gated activations ``act(gate x) * up x`` of a language-model layer's MLP are positive, for
+    each token of the row. None means the layer before the one the method stands in front of. With `token`, (B, F) for one token
+    of the row's prompt instead, counted from its end (1: the last). With `top` below 1, only that share of a token's positive
+    activations, the largest, counts as positive."""
+
+    token: int | None = None
+    top: float = 1.0
+
+
+@dataclass(frozen=True)
+class NeuronCounts(Need):
+    """(B, F) how many tokens of the row's prompt, text included, make each of the F gated activations of a language-model layer's
+    MLP positive (`top` as in `Neurons`). None means the layer before the one the method stands in front of."""
+
+    top: float = 1.0
+
+
+# -- what a method may change in a layer -------------------------------------------------------------------------------
+
+WHO = ("decode", "context", "only_context", "visual")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Some tokens run through a part of a language-model layer only.
+
+    part: "ffn" (``x + attention``), "attention" (``x + ffn``), "block" (x as it is), or "parallel", where nothing is left out but
+    both halves read the same normed input: ``x + attention(norm1 x) + ffn(norm1 x)``.
+    who: "decode" (single tokens that continue a cache), "context" (those and the prompt), "only_context" (the prompt) or "visual"
+    (the prompt's visual tokens).
+
+    Every token leaves its keys and values in the layer's cache, computed by the layer from the token in front of it, so that all
+    layers hold the same columns and tokens that are not skipped see what they always see.
+    """
+
+    part: str
+    who: str = "decode"
+
+
+@dataclass(frozen=True)
+class CoreNeurons:
+    """While decoding, the layer's MLP uses only its core neurons: the `share` of its gated activations that most tokens of the
+    prompt made positive in prefill (ties to the lowest; `top` as in `Neurons`)."""
+
+    share: float
+    top: float = 1.0
+
+
+Rule = Skip | CoreNeurons
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +397,8 @@ class Method:
     beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
     of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
     the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
-    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. Where
+    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
+    says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
     `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
     left.
 
@@ -359,6 +420,7 @@ class Method:
     objective: ClassVar[str] = "answer"
     calls: ClassVar[int] = 60
     warmup: ClassVar[int | None] = None
+    of_all: ClassVar[bool] = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""
@@ -398,6 +460,15 @@ class Method:
         if self.calibration is None:
             raise ValueError(f"{self.spec} was not fitted, so there is no calibration to save; its spec says all there is.")
         self.calibration.save(path)
+
+    def shrinks(self, depth: int) -> int | None:
+        """The language-model layer from which on, once the prompt has run, caches hold no token that is gone from the last layer;
+        None if every layer holds what it has seen. Layer 0 always does."""
+        return None
+
+    def rules(self, depth: int) -> dict[int, Rule]:
+        """What it changes in which of the language model's `depth` layers."""
+        return {}
 
     def __or__(self, other: Method) -> Sequence:
         return Sequence(self, other)
@@ -484,6 +555,11 @@ def register(**card: Any) -> Callable[[M], M]:
 def methods(family: str | None = None) -> list[Card]:
     """The cards of every method that `apply` takes, by id; of one family if given. `jeton.systems` lists the other rooms too."""
     return [card for card in registry.systems(family) if isinstance(card.object, type) and issubclass(card.object, Method)]
+
+
+def reducers(family: str | None = None) -> list[Card]:
+    """The cards of the methods that make tokens fewer; others change how layers run (site "rule")."""
+    return [card for card in methods(family) if card.object.site in SITES]
 
 
 def find(name: str) -> Card:

@@ -135,12 +135,19 @@ class Virtual:
 
 @dataclass
 class Memory:
-    """What one cache holds: the columns at the entrance, and from each reducing layer on (as columns of the entrance)."""
+    """What one cache holds: the columns at the entrance, and from each reducing layer on (as columns of the entrance). core: the
+    core neurons of a layer's MLP for its prompts, and how the MLP runs on them."""
 
     length: int = 0
     entry: Kept | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
     virtual: Virtual | None = None
+    core: dict[int, Any] = field(default_factory=dict)
+
+    def held(self, layer: int) -> Kept | None:
+        """What a layer's cache holds; None if all that came through the entrance."""
+        from_here = [first for first in self.layers if first <= layer]
+        return self.layers[max(from_here)] if from_here else None
 
     @property
     def touched(self) -> bool:
@@ -189,6 +196,13 @@ class Flow:
 
     def __post_init__(self) -> None:
         self._present = list(self.layout.album.counts)
+
+    @property
+    def first(self) -> list[int]:
+        """How many tokens each image had that could leave, before any did."""
+        album = self.layout.album
+        extra = (0,) * len(album) if self.structure == "pool" else album.structure
+        return [count - structure for count, structure in zip(album.counts, extra, strict=True)]
 
     @property
     def at(self) -> Tensor:

@@ -25,7 +25,9 @@ class Prompt:
     held, total: columns the entrance's cache holds before and after this forward. ids: position ids of what came through the
     entrance. last: (B,) column of each sample's last real token, None for the last one. left: the columns that are left of this
     forward's, None while none is gone. past, new, mask: columns of the unreduced conversation before this forward and in it, and
-    its 2-D attention mask. stage: what the language model's layers hold from the last reducing one on, None for everything.
+    its 2-D attention mask. stage: what the language model's layers hold from the last reducing one on, None for everything. real:
+    (B, L) which of the columns at hand are no padding, None if all are. decoding: this forward brings single tokens that continue
+    a cache.
     """
 
     def __init__(self, run: Run, view: VisionLanguage, encoder: EncoderSite) -> None:
@@ -37,10 +39,22 @@ class Prompt:
         self.last: Tensor | None = None
         self.held = self.total = 0
         self.left: Cut | None = None
+        self.real: Tensor | None = None
+        self.decoding = False
         self.cache: Any = None
         self.past = self.new = 0
         self.mask: Tensor | None = None
         self.stage: Stage | None = None
+
+    def cut(self, made: Cut) -> None:
+        """Columns of this forward are leaving in front of a layer."""
+        self.left = made if self.left is None else self.left.then(made)
+        if self.last is not None:
+            self.last = (made.index == self.last[:, None]).to(torch.uint8).argmax(1)
+        if self.real is not None:
+            self.real = self.real.gather(1, made.index)
+        if made.valid is not None:
+            self.real = made.valid if self.real is None else self.real & made.valid
 
     def tokens(self, features: Tensor) -> Tokens:
         """The remaining visual tokens with these features (R, K, D)."""

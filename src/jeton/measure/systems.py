@@ -22,6 +22,7 @@ _SITES = {
     "encoder": "after the encoder, before the projector, of encoders alone and in vision-language models",
     "entry": "at the language model's entrance, in prefill",
     "layer": "inside the language model",
+    "rule": "on how the language model's layers run",
 }
 
 _SIGNALS = {
@@ -41,6 +42,9 @@ _SIGNALS = {
     "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",
     "PixelVariance": "how much the pixels of each token vary",
+    "Entered": "how many tokens entered the language model",
+    "Neurons": "which MLP neurons each token activates",
+    "NeuronCounts": "how many tokens activate each MLP neuron",
 }
 
 

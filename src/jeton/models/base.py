@@ -37,14 +37,24 @@ class Parts:
     drop2: Callable[..., Tensor] = _same
 
 
+@dataclass(frozen=True)
+class Gated:
+    """The pieces of a gated MLP: ``down(act(gate(x)) * up(x))``."""
+
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+
+
 class Encoder:
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that is
-    handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor normalises
-    pixels unless told otherwise.
+    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that
+    is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor
+    normalises pixels unless told otherwise.
     """
 
     prefix: int = 0
@@ -177,6 +187,37 @@ class VisionLanguage:
     def _rotate(self, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
         rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(self.attention(layer)).__module__].apply_rotary_pos_emb
         return rotate
+
+    def keys_values(self, layer: nn.Module, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """k after RoPE and v (B, Hk, L, d) of a layer, from its normed hidden states."""
+        attention = self.attention(layer)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
+        k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        k = k.transpose(1, 2)
+        return rotate(k, k, cos, sin)[1], v.transpose(1, 2)
+
+    def parts(self, layer: nn.Module) -> Parts:
+        """The pieces of a pre-norm decoder layer."""
+        names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        if any(not hasattr(layer, name) for name in names) or hasattr(layer, "post_feedforward_layernorm"):
+            raise Unsupported(
+                f"{self.name} has decoder layers of its own kind ({type(layer).__name__}), whose halves jeton cannot tell apart; "
+                f"use a method that only removes tokens, e.g. fastv."
+            )
+        return Parts(*(getattr(layer, name) for name in names))
+
+    def gated(self, layer: nn.Module) -> Gated:
+        """The pieces of a layer's gated MLP."""
+        mlp = self.parts(layer).mlp
+        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+        if any(not hasattr(mlp, name) for name in names):
+            raise Unsupported(
+                f"{self.name} has no gated MLP with separate gate and up projections ({type(mlp).__name__}), so its neurons "
+                f"cannot be read; use a method that reads attention, e.g. fastv."
+            )
+        return Gated(*(getattr(mlp, name) for name in names))
 
     @property
     def rotary(self) -> nn.Module:
