@@ -44,7 +44,8 @@ class CoreMatching(Method):
     Where most of a prompt is background, so are the core neurons: on the embedded model the patches of the digit a question is
     about rank below the median in 60 of 60 questions, with the default share, in front of layers 1, 2 and 3 alike. With
     `match`="token", `token`=1, `layers`=(2,) and `top`=0.4 the best of these patches ranks above it in 54 of 60, their mean in
-    46.
+    46. Of 150 held-out questions it answers 19 with `keep`=0.25 and `layers`=(2,), 86 with those fields besides, 107 with
+    `neurons`=1.0 too, and 136 with all tokens and the default share of neurons; random keeps 95 right at 25 %.
 
     The release zeroes keys and values of the other tokens in layers 5 to 18 after these have run, which shortens nothing, and a
     key of zero still gets attention; here tokens leave. SiLU is hardly ever 0, so about half of all neurons are active: this is
