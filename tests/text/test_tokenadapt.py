@@ -144,14 +144,15 @@ def test_nearest_in_chunks_and_vectors_of_strings():
     assert spelled[0] @ spelled[1] > 0.3 > spelled[0] @ spelled[2]
 
 
-def test_a_model_works_with_its_new_tokenizer(parallel):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_works_with_its_new_tokenizer(parallel, tied):
     special = ["<s>", "</s>", "<pad>"]
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     old = transformers.PreTrainedTokenizerFast(tokenizer_object=train_bpe(parallel["en"], 500, special=special), **names)
     old.chat_template = "{{ messages[0].content }}"
     plain = train_bpe(parallel["de"], 600, special=["</s>", "[PAD]", "<s>"])
     new = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **names, pad_token="[PAD]")
-    model = tiny.ready(llama(512, bos_token_id=0, eos_token_id=1, pad_token_id=2))
+    model = tiny.ready(llama(512, tied, bos_token_id=0, eos_token_id=1, pad_token_id=2))
     model.generation_config.eos_token_id, model.generation_config.bos_token_id = [1], 0
     begin = model.get_input_embeddings().weight[0].clone()
     done = TokenAdapt().transplant(model, old, new)
@@ -159,6 +160,7 @@ def test_a_model_works_with_its_new_tokenizer(parallel):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (2, 0, 1)
     assert model.generation_config.eos_token_id == 0 and new.chat_template == old.chat_template
     assert torch.equal(model.get_input_embeddings().weight[2], begin)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     assert done.tokens == 600 and done.copied + done.mixed + done.drawn == 600 and done.drawn == 1  # [PAD] is new
     ids = torch.tensor([new("Ein gültiger Wert").input_ids])
     assert model(ids).logits.isfinite().all()

@@ -48,7 +48,7 @@ class TokenAdapt(Initialiser):
     ``TokenAdapt().transplant(model, old_tokenizer, new_tokenizer)`` changes the model; ``rows(old, new)`` gives the mixtures.
     """
 
-    embed: Embed = hashed_ngrams
+    embed: Embed | None = None
     k: int = 3
     temperature: float = 0.3
     share: float = 0.3
@@ -69,7 +69,7 @@ class TokenAdapt(Initialiser):
     def mixture(self, old: Vocabulary, new: Vocabulary, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         whole = [id for id in ids if new.text(id)]
         known = [id for id in old.ids if id not in old.special and old.text(id)]
-        made = vectors(self.embed, [old.text(id) or "" for id in known] + [new.text(id) or "" for id in whole])
+        made = vectors(self.embed or hashed_ngrams, [old.text(id) or "" for id in known] + [new.text(id) or "" for id in whole])
         keys, queries = made[: len(known)], made[len(known) :]
         near_row, near_column, near = self._global(torch.tensor(whole), torch.tensor(known), queries, keys)
         part_row, part_column = pieces(old, new, ids)
