@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # the rooms that hold systems; where a room holds other things too, its SYSTEMS names the files to look into
-<<<<<<< HEAD
 ROOMS = ("reduce", "backbones", "decode", "text", "objectives", "merging", "measure")
-=======
-ROOMS = ("reduce", "text", "merging", "measure")
->>>>>>> fa36252 (Measuring: Lastde tells machine-written text, ReAGent what a prediction rests on; token scores, replacements, faithfulness)
 
 _REGISTRY: dict[str, Card] = {}
 T = TypeVar("T")
