@@ -44,12 +44,12 @@ class Writer:
         return self.tokenizer.batch_decode(self.ids(count, length))
 
     def written(self, count: int, length: int) -> list[str]:
-        """Texts of its own: sampled behind the first eight tokens of human ones, which are then cut off."""
+        """Texts of its own: drawn from the 40 likeliest tokens behind the first eight of human ones, which are cut off."""
         torch.manual_seed(1)
         made = self.model.generate(
             self.ids(count, 8),
             do_sample=True,
-            top_k=0,
+            top_k=40,
             max_new_tokens=length,
             min_new_tokens=length,
             pad_token_id=0,
