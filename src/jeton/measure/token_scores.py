@@ -35,7 +35,8 @@ def token_scores(model: Any, ids: Tensor, mask: Tensor | None = None) -> TokenSc
     logp = every.gather(2, ids[:, 1:, None])[..., 0]
     rank = (every > logp[..., None]).sum(-1) + 1
     entropy = -(every.exp() * every.clamp(min=torch.finfo(every.dtype).min)).sum(-1)
-    return TokenScores(*(torch.where(known, one, 0) for one in (logp, rank, entropy)), known, logits)
+    logp, rank, entropy = (torch.where(known, one, 0) for one in (logp, rank, entropy))
+    return TokenScores(logp, rank, entropy, known, logits)
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], batch: int, length: int | None) -> Iterator[tuple[Tensor, Tensor]]:
