@@ -10,13 +10,12 @@ from jeton.merging.opcm import OPCM
 from jeton.merging.tall_masks import TallMasks
 
 torch.manual_seed(0)
-x, labels = torch.randn(600, 20), torch.randn(3, 20, 4)
-tasks = {f"task {n}": (x, (x @ weights).argmax(1)) for n, weights in enumerate(labels + labels.mean(0))}
-base = nn.Sequential(nn.Linear(20, 128), nn.GELU(), nn.Linear(128, 4))
+x, labels = torch.randn(600, 20), torch.randn(3, 20, 4) + 1.5 * torch.randn(20, 4)
+tasks = {f"task {n}": (x, (x @ weights).argmax(1)) for n, weights in enumerate(labels)}
 
 
-def tuned(inputs, answers):
-    model = deepcopy(base)
+def tuned(start, inputs, answers):
+    model = deepcopy(start)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(80):
         optimiser.zero_grad()
@@ -30,7 +29,8 @@ def accuracy(task, weights):
     return float((load(deepcopy(base), weights)(inputs[400:]).argmax(1) == answers[400:]).float().mean())
 
 
-models = {task: tuned(*data) for task, data in tasks.items()}
+base = tuned(nn.Sequential(nn.Linear(20, 256), nn.GELU(), nn.Linear(256, 4)), x, (x @ labels.mean(0)).argmax(1))
+models = {task: tuned(base, *data) for task, data in tasks.items()}
 print("fine-tuned:", {task: round(accuracy(task, model.state_dict()), 2) for task, model in models.items()})
 
 # models, state dicts, or folders of safetensors: OPCM().merge("base", ["a", "b"], out="merged")
