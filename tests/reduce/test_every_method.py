@@ -16,12 +16,7 @@ SIDE = 6
 N = SIDE * SIDE
 BUDGETED = [card for card in reducers() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
 ROWS_OF_ATTENTION = sorted(
-    {
-        name
-        for card in BUDGETED
-        for name, need in card.object().needs().items()
-        if need.heads or isinstance(need, TextAttention)
-    }
+    {name for card in BUDGETED for name, need in card.object().needs().items() if need.heads or isinstance(need, TextAttention)}
 )
 EXACT = [card for card in BUDGETED if card.id not in ("downsample", "quota")]  # whole grids, at most as large as asked
 
