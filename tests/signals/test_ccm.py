@@ -7,16 +7,17 @@ from jeton.signals.ccm import ChannelAssigner, ChannelClustering, ClusterLinear,
 from jeton.signals.forecasters import DLinear, TSMixer
 
 L, H, C = 24, 6, 12
+SHAPE = {"num_input_channels": C, "context_length": L, "prediction_length": H, "patch_length": 6, "patch_stride": 6}
 
 
 def patchtst():
-    shape = dict(num_input_channels=C, context_length=L, prediction_length=H, patch_length=6, patch_stride=6, d_model=16)
-    return PatchTSTForPrediction(PatchTSTConfig(**shape, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, loss="mse"))
+    return PatchTSTForPrediction(
+        PatchTSTConfig(**SHAPE, d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, loss="mse")
+    )
 
 
 def patchtsmixer():
-    shape = dict(num_input_channels=C, context_length=L, prediction_length=H, patch_length=6, patch_stride=6, d_model=16)
-    return PatchTSMixerForPrediction(PatchTSMixerConfig(**shape, num_layers=1, loss="mse"))
+    return PatchTSMixerForPrediction(PatchTSMixerConfig(**SHAPE, d_model=16, num_layers=1, loss="mse"))
 
 
 HOSTS = {

@@ -1,7 +1,8 @@
 """Rate and distortion: bytes against PSNR, of a tokenizer and of image files.
 
-Bytes of tokens are ``k log2(K) / 8``: no header, no entropy coding, the decoder's weights not counted. Files are Pillow's. `payload`
-leaves out of a file what only says how to read it: of JPEG all but the entropy-coded scan, of WebP its 30 bytes of containers.
+Bytes of tokens are ``k log2(K) / 8``: no header, no entropy coding, the decoder's weights not counted. Files are Pillow's.
+`payload` leaves out of a file what only says how to read it: of JPEG all but the entropy-coded scan, of WebP its 30 bytes of
+containers.
 """
 
 from __future__ import annotations

@@ -54,3 +54,16 @@ def perplexity(ids: Tensor, size: int) -> Tensor:
 def code_bytes(tokens: int, size: int, subcodes: int = 1) -> float:
     """Bytes of `tokens` tokens, each `subcodes` ids out of `size`, without entropy coding and without a header."""
     return tokens * subcodes * math.log2(size) / 8
+
+
+def kl_to_uniform(ids: Tensor, size: int, n: int = 1) -> Tensor:
+    """KL(empirical n-grams || uniform) in nats, of ids (..., N) along the last axis: 0 where ids look like noise, up to n
+    log(size).
+
+    Counts are sparse where size^n is large beside the number of ids: compare streams of the same length and size alone.
+    """
+    grams = ids.unfold(-1, n, 1).reshape(-1, n)
+    place = size ** torch.arange(n, device=ids.device)
+    counts = torch.unique((grams * place).sum(-1), return_counts=True)[1].double()
+    p = counts / counts.sum()
+    return (n * math.log(size) - torch.special.entr(p).sum()).float()

@@ -47,11 +47,11 @@ class _Binary(Quantizer):
 class LFQ(_Binary):
     """c = sign(z) in {-1, 1}^d, with sign(0) = -1. Losses: beta mean((z - sg c)²) and the entropy regulariser below.
 
-    Per group of `group` bits and with P = softmax over the group's codes c of 2 z·c / temperature: gamma0 E[H(P)] - gamma1 H(E[P]),
-    averaged over groups, times `entropy_weight`; H in nats. E[H(P)] is the sum of the bits' entropies with p = sigmoid(4 z_i /
-    temperature): the same number without a table. Language Model Beats Diffusion: Tokenizer is Key to Visual Generation, 2023,
-    arXiv:2310.05737. vector-quantize-pytorch's LFQ with inv_temperature 1 agrees where one group is the whole code; it cannot keep
-    codes of more bits than its table of 2^d rows has room for.
+    Per group of `group` bits and with P = softmax over the group's codes c of 2 z·c / temperature: gamma0 E[H(P)] - gamma1
+    H(E[P]), averaged over groups, times `entropy_weight`; H in nats. E[H(P)] is the sum of the bits' entropies with p =
+    sigmoid(4 z_i / temperature): the same number without a table. Language Model Beats Diffusion: Tokenizer is Key to Visual
+    Generation, 2023, arXiv:2310.05737. vector-quantize-pytorch's LFQ with inv_temperature 1 agrees where one group is the whole
+    code; it cannot keep codes of more bits than its table of 2^d rows has room for.
     """
 
     values = (-1.0, 1.0)
@@ -93,9 +93,9 @@ class LFQ(_Binary):
 class BSQ(_Binary):
     """u = z / |z|, c = sign(u) / sqrt(d), with sign(0) = -1: codes on the unit sphere.
 
-    Loss gamma0 sum_i E[H(p_i)] - gamma1 sum_i H(E[p_i]) times `entropy_weight`, with p_i = sigmoid(4 u_i / (temperature sqrt(d))):
-    the bits are taken as independent. Image and Video Tokenization with Binary Spherical Quantization, 2024, arXiv:2406.07548.
-    vector-quantize-pytorch's spherical LFQ uses the table over all codes instead.
+    Loss gamma0 sum_i E[H(p_i)] - gamma1 sum_i H(E[p_i]) times `entropy_weight`, with p_i = sigmoid(4 u_i / (temperature
+    sqrt(d))): the bits are taken as independent. Image and Video Tokenization with Binary Spherical Quantization, 2024,
+    arXiv:2406.07548. vector-quantize-pytorch's spherical LFQ uses the table over all codes instead.
     """
 
     def __init__(

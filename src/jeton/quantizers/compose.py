@@ -16,8 +16,9 @@ class Residual(Quantizer):
     """r_0 = z, r_{m+1} = r_m - sg q_m(r_m): each stage quantizes what is left; z_q = sum q_m, ids (..., M).
 
     Losses are the stages', averaged. The gradient passes all stages in one step. To share one codebook, give the same quantizer
-    several times. ``decode`` takes ids of the first stages alone as well: (..., m). More stages are not always nearer: only a codebook
-    that holds 0 can leave a small residual alone. SoundStream: An End-to-End Neural Audio Codec, 2021, arXiv:2107.03312.
+    several times. ``decode`` takes ids of the first stages alone as well: (..., m). More stages are not always nearer: only a
+    codebook that holds 0 can leave a small residual alone. SoundStream: An End-to-End Neural Audio Codec, 2021,
+    arXiv:2107.03312.
     """
 
     def __init__(self, stages: Iterable[Quantizer]) -> None:

@@ -14,12 +14,12 @@ from ._base import Quantizer, TokenOut
 class DimensionWise(Quantizer):
     """Every dimension on its own to one of n = 2^bits levels of a standard normal; ids (..., d).
 
-    Bins have equal probability: boundaries Φ⁻¹(k/n), the outer ones clamped to ±`limit`; level r_k = E[X | X in bin k] =
-    (φ(a) - φ(b)) / (Φ(b) - Φ(a)). x is mapped linearly from [low, high] to ±limit, clamped, and takes the nearest level, the lower of
-    two equally near. `low` and `high` are numbers or (d,) per dimension; ``DimensionWise.calibrated`` measures them. The bins are
-    equally likely for a standard deviation of (high - low) / (2 limit): with the defaults 1.667, the published setting for latents of
-    unit variance, which is also far more precise in the tails. Bridging Continuous and Discrete Tokens for Autoregressive Visual
-    Generation (TokenBridge), 2025, arXiv:2503.16430.
+    Bins have equal probability: boundaries Φ⁻¹(k/n), the outer ones clamped to ±`limit`; level r_k = E[X | X in bin k] = (φ(a)
+    - φ(b)) / (Φ(b) - Φ(a)). x is mapped linearly from [low, high] to ±limit, clamped, and takes the nearest level, the lower of
+    two equally near. `low` and `high` are numbers or (d,) per dimension; ``DimensionWise.calibrated`` measures them. The bins
+    are equally likely for a standard deviation of (high - low) / (2 limit): with the defaults 1.667, the published setting for
+    latents of unit variance, which is also far more precise in the tails. Bridging Continuous and Discrete Tokens for
+    Autoregressive Visual Generation (TokenBridge), 2025, arXiv:2503.16430.
     """
 
     def __init__(

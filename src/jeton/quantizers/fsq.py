@@ -13,8 +13,8 @@ from ._base import Quantizer, TokenOut, package
 class FSQ(Quantizer):
     """b = tanh(z + shift) half - off, q = round(b), code = q / floor(L/2), id = sum_i (q_i + floor(L_i/2)) prod_{j<i} L_j.
 
-    half = (L-1)(1+1e-3)/2, off = 1/2 for even L and 0 for odd, shift = atanh(off/half); the first dimension runs fastest. Codes of
-    an even L are not symmetric: [-1, 0.75] for L = 8. The gradient passes the rounding, not the tanh. Levels are at least 3.
+    half = (L-1)(1+1e-3)/2, off = 1/2 for even L and 0 for odd, shift = atanh(off/half); the first dimension runs fastest. Codes
+    of an even L are not symmetric: [-1, 0.75] for L = 8. The gradient passes the rounding, not the tanh. Levels are at least 3.
     Finite Scalar Quantization: VQ-VAE Made Simple, 2023, arXiv:2309.15505. The formulas are vector-quantize-pytorch's (extra
     ``tokenizers``); codes are read back from the ids, because its z + (q - z) can miss the code by one rounding.
     """

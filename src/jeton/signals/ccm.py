@@ -48,7 +48,9 @@ class ClusterLinear(nn.Module):
     def forward(self, x: Tensor, shares: Tensor | None = None) -> Tensor:
         p = self.shares if shares is None else shares
         if p is None:
-            raise ValueError("ClusterLinear needs each variate's shares in the clusters: pass p, or run it within ChannelClustering.")
+            raise ValueError(
+                "ClusterLinear needs each variate's shares in the clusters: pass p, or run it within ChannelClustering."
+            )
         if p.shape[-2] != x.shape[-2]:
             raise ValueError(f"there are shares for {p.shape[-2]} variates, but the input has {x.shape[-2]}.")
         if p.dim() == 2:
@@ -103,9 +105,9 @@ class ChannelClustering(nn.Module):
 
         -tr(Mᵀ S M) + tr((1 - M Mᵀ) S) + C + mean entropy(p)
 
-    with M = sigmoid((logit p + logistic noise) / `relax`), noise in training alone, and S_ij = exp(-sharpness d_ij² / max d²), the
-    similarity of variates i and j, averaged over the batch. K is ceil(0.3 C) by default. In training mode every forward moves the
-    prototypes, which are a buffer, by attention over their members.
+    with M = sigmoid((logit p + logistic noise) / `relax`), noise in training alone, and S_ij = exp(-sharpness d_ij² / max d²),
+    the similarity of variates i and j, averaged over the batch. K is ceil(0.3 C) by default. In training mode every forward
+    moves the prototypes, which are a buffer, by attention over their members.
 
     As released where the paper leaves a number open (S with `sharpness` 5; the paper: a radial basis function). Unlike released:
     S is between the variates of a sample, and variates are not shuffled. Variates must keep their order within a batch. The paper

@@ -33,9 +33,7 @@ class TSMixer(nn.Module):
     of one sample; `dropout` as in the paper's smaller settings.
     """
 
-    def __init__(
-        self, length: int, horizon: int, channels: int, hidden: int = 64, blocks: int = 2, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, length: int, horizon: int, channels: int, hidden: int = 64, blocks: int = 2, dropout: float = 0.1) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(_Mixing(length, channels, hidden, dropout) for _ in range(blocks))
         self.projection = nn.Linear(length, horizon)

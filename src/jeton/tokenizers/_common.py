@@ -76,8 +76,8 @@ class LatentEncoder(nn.Module):
 
 
 class MaskTokenDecoder(nn.Module):
-    """k codes (B, k, d) to a prediction for each patch (B, P, out): ``Blocks([class ; P mask tokens ; codes])``, of which the mask
-    tokens are kept and pass Linear-Tanh-Linear. The learned positions of the codes are those of the first k of K."""
+    """k codes (B, k, d) to a prediction for each patch (B, P, out): ``Blocks([class ; P mask tokens ; codes])``, of which the
+    mask tokens are kept and pass Linear-Tanh-Linear. The learned positions of the codes are those of the first k of K."""
 
     def __init__(
         self, image_size: int, patch_size: int, tokens: int, width: int, depth: int, heads: int, code_dim: int, out: int

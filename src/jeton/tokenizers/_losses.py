@@ -1,4 +1,5 @@
-"""Losses of tokenizers that draw pictures: features that agree, and an adversary that learns to tell pictures from reconstructions."""
+"""Losses of tokenizers that draw pictures: features that agree, and an adversary that learns to tell pictures from
+reconstructions."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 class RandomFeatures(nn.Module):
     """mean((f(x) - f(y))²) summed over three strided convolutions with seeded random weights, never trained.
 
-    A stand-in for a perceptual distance where no trained network is at hand: it compares local structure at three scales and knows
-    nothing of what people see. Any function of two batches of pictures can take its place (LPIPS, ConvNeXt features).
+    A stand-in for a perceptual distance where no trained network is at hand: it compares local structure at three scales and
+    knows nothing of what people see. Any function of two batches of pictures can take its place (LPIPS, ConvNeXt features).
     """
 
     def __init__(self, channels: int = 3, width: int = 16, seed: int = 0) -> None:

@@ -54,14 +54,15 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
     """Latent queries beside the patches of a picture become K ids; a decoder of mask tokens draws the picture from any first k.
 
     Encoder: ``[class ; patches ; K queries]`` through `depth` blocks, queries to d = `code_dim` numbers, quantized on the unit
-    sphere (codebook of `codebook_size` rows) or, with `levels`, by FSQ. Decoder: ``[class ; mask tokens ; k codes]``, a prediction
-    for every patch. *Tail Token Drop* while training: k is uniform on 1..K, the tokens behind are cut, so what matters most moves
-    to the front. `drop="batch"` draws one k for a batch (the paper), "row" one for each picture (masked instead of cut), None none.
+    sphere (codebook of `codebook_size` rows) or, with `levels`, by FSQ. Decoder: ``[class ; mask tokens ; k codes]``, a
+    prediction for every patch. *Tail Token Drop* while training: k is uniform on 1..K, the tokens behind are cut, so what
+    matters most moves to the front. `drop="batch"` draws one k for a batch (the paper), "row" one for each picture (masked
+    instead of cut), None none.
 
-    `target="codes"` (the paper) predicts the ids that a frozen `PixelCodes` gives each patch, out of `target_codes`; pictures are
-    the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H) in [0, 1].
-    k tokens cost ``k log2(codebook_size) / 8`` bytes. The released code reshapes the encoder's (B, K, D) into channels without
-    transposing, which mixes neighbouring latents; here token k is latent k.
+    `target="codes"` (the paper) predicts the ids that a frozen `PixelCodes` gives each patch, out of `target_codes`; pictures
+    are the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H)
+    in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. The released code reshapes the encoder's (B, K, D) into
+    channels without transposing, which mixes neighbouring latents; here token k is latent k.
     """
 
     def __init__(
@@ -118,7 +119,8 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         return self.quantizer(self.encoder(images))
 
     def decode(self, ids: Tensor, length: int | Tensor | None = None) -> Tensor:
-        """Pictures (B, C, H, H) of ids (B, k), any k from 1 to K. `length` uses the first ones alone, (B,) for each row its own."""
+        """Pictures (B, C, H, H) of ids (B, k), any k from 1 to K. `length` uses the first ones alone, (B,) for each row its
+        own."""
         return self.draw(self.predict(self.quantizer.decode(ids), length))
 
     def predict(self, codes: Tensor, length: int | Tensor | None = None) -> Tensor:
