@@ -222,3 +222,74 @@ def test_locality_sums_attention_by_distance():
         for j in range(i + 1):
             want[far[i, j]] += 1 / (i + 2) / 12
     assert torch.allclose(near.locality(ids, labels)[0], want, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_digits_are_generated_as_their_class():
+    import numpy as np
+    from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
+    from sklearn.svm import SVC
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from jeton.ops.codes import kl_to_uniform, pack_bits, unpack_bits
+    from jeton.tokenizers.binary_autoencoder import BinaryAutoencoder
+
+    data, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(data).float().view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    judge = SVC(gamma="scale").fit(data[:600] / 16, labels[:600])  # on pictures the generator never saw
+    images, labels = images[600:], labels[600:]
+
+    def trained(module, steps, rate, loss):
+        optimizer = torch.optim.AdamW(module.train().parameters(), rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+        for step in range(steps):
+            batch = torch.randint(len(images), (64,), generator=torch.Generator().manual_seed(step))
+            value = loss(batch)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return module.eval()
+
+    torch.manual_seed(0)
+    bae = BinaryAutoencoder(bits=8, subcodes=2, channels=1, width=16, multipliers=(1, 2), blocks=1, code_dim=32, spread=0.1)
+    trained(bae, 500, 3e-3, lambda batch: sum(bae.losses(images[batch]).values()))
+    with torch.no_grad():
+        ids = bae.encode(images).ids
+        rebuilt = (bae.decode(ids) - images).square().mean() / images.var()
+        usage = bae.quantizer.usage(ids)
+
+    def generator(given):
+        torch.manual_seed(0)
+        elm = ELM(tokens=16, codes=16, subcodes=2, classes=10, width=64, depth=3, heads=4, grid=(4, 4))
+        return trained(elm, 700, 3e-3, lambda batch: elm.loss(ids[batch], given[batch]))
+
+    wanted = torch.arange(10).repeat_interleave(20)
+    found = {}
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    for name, given in (("labels", labels), ("shuffled", shuffled)):
+        elm = generator(given)
+        made = elm.generate(wanted, scale=2.0, top_k=None, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            drawn = bae.decode(made).clamp(0, 1).flatten(1)
+        found[name] = (judge.predict(drawn.numpy()) == wanted.numpy()).mean()
+        if name == "labels":
+            with torch.no_grad():
+                greedy = bae.decode(elm.generate(wanted, scale=2.0, temperature=0)).clamp(0, 1).flatten(1)
+            spread = [np.mean([torch.pdist(part).mean().item() for part in each.split(20)]) for each in (drawn, greedy)]
+
+    one = pack_bits(unpack_bits(ids, 4))[..., 0]  # the 8 bits of a token as one id of 256
+    text = "\n".join(load().DESCR for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator([text], trainers.BpeTrainer(vocab_size=256, show_progress=False))
+    words = torch.tensor(bpe.encode(text).ids)
+    size = min(one.numel(), len(words))
+    pick = torch.randperm(one.numel(), generator=torch.Generator().manual_seed(0))[:size]
+    randomness = kl_to_uniform(one.flatten()[pick], 256).item(), kl_to_uniform(words[:size], 256).item()
+    print(f"rebuilt {rebuilt:.3f} usage {usage:.2f} classes {found} spread {spread} kl image, text {randomness} of {size}")
+    assert rebuilt < 0.2
+    assert found["labels"] >= 0.7 and found["shuffled"] < 0.25
+    assert spread[1] < 0.5 * spread[0]
+    assert randomness[0] < randomness[1]

@@ -34,7 +34,8 @@ class LatentEncoder(nn.Module):
     """A picture (B, C, H, W) to K vectors (B, K, d): ``Blocks([class ; patches ; queries])``, of which the queries are kept.
 
     Class token, patches and queries have learned positions; norms stand before the blocks and on the queries behind them. With
-    `causal`, query i sees the picture and the queries up to i, and the picture does not see the queries.
+    `causal`, query i sees the picture and the queries up to i, and the picture does not see the queries. `legacy_reshape` reads
+    the K x D outputs as D x K, as the first released weights of this kind need: a vector then mixes several queries.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LatentEncoder(nn.Module):
         out: int,
         channels: int = 3,
         causal: bool = False,
+        legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
         patches = (image_size // patch_size) ** 2
@@ -64,6 +66,7 @@ class LatentEncoder(nn.Module):
         if causal:
             hidden[:, patches + 1 :] = True
             hidden[patches + 1 :, patches + 1 :] = torch.ones(tokens, tokens).triu(1).bool()
+        self.legacy_reshape = legacy_reshape
         self.register_buffer("hidden", hidden if causal else None, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,7 +75,8 @@ class LatentEncoder(nn.Module):
         picture = torch.cat([self.cls.expand(b, -1, -1), patches], 1) + self.position
         x = torch.cat([picture, (self.queries + self.query_position).expand(b, -1, -1)], 1)
         x = self.blocks(self.before(x), mask=self.hidden)
-        return self.down(self.after(x[:, -k:]))
+        x = self.after(x[:, -k:])
+        return self.down(x.reshape(b, -1, k).mT if self.legacy_reshape else x)
 
 
 class MaskTokenDecoder(nn.Module):

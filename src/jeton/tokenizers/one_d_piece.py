@@ -61,8 +61,10 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
 
     `target="codes"` (the paper) predicts the ids that a frozen `PixelCodes` gives each patch, out of `target_codes`; pictures
     are the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H)
-    in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. The released code reshapes the encoder's (B, K, D) into
-    channels without transposing, which mixes neighbouring latents; here token k is latent k.
+    in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. `legacy_reshape` is for weights of the released code, which
+    reads the encoder's (B, K, D) as channels without transposing and so mixes neighbouring latents; by default token k is latent
+    k. Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
+    the paper's MaskGIT on them, in 8 steps.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         target_codes: int = 1024,
         channels: int = 3,
         drop: str | None = "batch",
+        legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -92,7 +95,9 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         self.image_size, self.patch_size, self.tokens, self.target, self.drop = image_size, patch_size, tokens, target, drop
         self.quantizer: Quantizer = CosineVQ(code_dim, codebook_size, beta) if levels is None else FSQ(levels)
         d, out = self.quantizer.dim, target_codes if target == "codes" else channels * patch_size**2
-        self.encoder = LatentEncoder(image_size, patch_size, tokens, width, depth, heads, d, channels)
+        self.encoder = LatentEncoder(
+            image_size, patch_size, tokens, width, depth, heads, d, channels, legacy_reshape=legacy_reshape
+        )
         self.decoder = MaskTokenDecoder(image_size, patch_size, tokens, width, depth, heads, d, out)
         self.pixel_codes: PixelCodes | None = None
 
@@ -132,7 +137,7 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         if length is not None:
             if not 1 <= int(length) <= codes.shape[1]:
                 raise ValueError(f"length must be 1 to {codes.shape[1]}, got {int(length)}.")
-            codes = codes[:, : int(length)]
+            codes = codes[:, : int(length)].contiguous()  # so that a cut row is the same row to the last bit
         return self.decoder(codes.to(self.decoder.up.weight.dtype))
 
     def draw(self, prediction: Tensor) -> Tensor:
