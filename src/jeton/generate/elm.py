@@ -91,6 +91,8 @@ class ELM(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type: ignor
             rms_norm_eps=1e-5,
             initializer_range=0.02,
             pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         self.body = LlamaModel(config)
         self.body.embed_tokens = nn.Identity()  # embeddings come from here
