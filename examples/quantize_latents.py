@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from jeton.quantizers import FSQ, LFQ, DimensionWise, EMAVQ, Product, Residual
+from jeton.quantizers import EMAVQ, FSQ, LFQ, DimensionWise, Product, Residual
 
 torch.manual_seed(0)
 mix = torch.randn(4, 4)
