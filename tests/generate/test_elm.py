@@ -192,6 +192,10 @@ class TestGeneration:
         wide = model.expand(ids, labels, by=3, overlap=1, axis="columns")
         assert tall.shape == (2, 9, 4, 2) and torch.equal(tall[:, :4], ids)
         assert wide.shape == (2, 4, 7, 2) and torch.equal(wide[:, :, :4], ids)
+        low = small()
+        assert low.expand(low.generate(labels).view(2, 3, 4, 2), labels, by=4, overlap=3, axis="columns").shape == (2, 3, 8, 2)
+        with pytest.raises(ValueError, match="overlap be 1 to 3"):
+            model.expand(ids, labels, by=1, overlap=4)
         greedy = model.expand(ids, labels, by=2, overlap=2, temperature=0)
         other = model.expand(torch.cat([ids[:, :2] * 0, ids[:, 2:]], 1), labels, by=2, overlap=2, temperature=0)
         assert torch.equal(greedy[:, 4:], other[:, 4:])  # nothing in front of the overlap matters

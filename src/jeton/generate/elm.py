@@ -181,14 +181,11 @@ class ELM(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type: ignor
         """
         if self.grid is None:
             raise ValueError("tokens in a row have no rows or columns to expand; this needs a model with a grid.")
-        if axis == "columns":
-            if self.grid[0] != self.grid[1]:
-                raise ValueError(f"columns can be added to square grids alone, not to {self.grid}.")
-        elif axis != "rows":
+        if axis not in ("rows", "columns"):
             raise ValueError(f'axis must be "rows" or "columns", got {axis!r}.')
         dim = 1 if axis == "rows" else 2
         window = self.grid[dim - 1]
-        if (tuple(ids.shape[1:3]) != self.grid and ids.shape[3 - dim] != self.grid[2 - dim]) or not 0 < overlap < window:
+        if ids.shape[3 - dim] != self.grid[2 - dim] or not 0 < overlap < window or ids.shape[dim] < overlap:
             raise ValueError(
                 f"ids must fit the grid {self.grid} and overlap be 1 to {window - 1}, got {tuple(ids.shape)} and {overlap}."
             )

@@ -18,6 +18,7 @@ from ._photos import PHOTOS, crops, whole
 
 RECIPE = Recipe(steps=2500, rate=1e-3, batch=24, warmup=0.1)  # twice this rate falls back to the mean picture
 LENGTHS = (1, 2, 4, 8, 16, 24, 32)
+HELD_OUT = 256  # crops to measure on
 
 
 def make() -> OneDPiece:
@@ -45,7 +46,7 @@ def run(out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any
 
 def measure(model: OneDPiece, out: Path) -> dict[str, Any]:
     """Rate and distortion on photographs that were not trained on, beside JPEG and WebP, as numbers and as pictures in `out`."""
-    small, large = crops(256, 32, seed=0, split="held-out"), whole(256)
+    small, large = crops(HELD_OUT, 32, seed=0, split="held-out"), whole(256)
     found: dict[str, Any] = {"parameters": sum(value.numel() for value in model.parameters()), "held out": PHOTOS["held-out"]}
     for name, images in (("crops of 32 x 32", small), ("photographs of 256 x 256 in 64 tiles", large)):
         curves = {"one-d-piece": token_curve(model, images, LENGTHS)}
