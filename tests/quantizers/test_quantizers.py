@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_model
 
-from jeton.ops.codes import histogram, pack_bits, perplexity, unpack_bits, usage
+from jeton.ops.codes import histogram, kl_to_uniform, pack_bits, perplexity, unpack_bits, usage
 from jeton.quantizers import BSQ, EMAVQ, FSQ, LFQ, VQ, Bernoulli, CosineVQ, DimensionWise, Product, Residual, SharedIndex
 from jeton.quantizers.compose import shared_index
 from jeton.quantizers.dimwise import levels
@@ -350,3 +350,10 @@ def test_usage_and_perplexity():
     assert usage(ids, 4).item() == 0.5
     assert perplexity(ids, 4).item() == pytest.approx(math.exp(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))))
     assert perplexity(torch.arange(8), 8).item() == pytest.approx(8)
+
+
+def test_kl_to_uniform_by_hand():
+    assert kl_to_uniform(torch.arange(16), 16).item() == pytest.approx(0, abs=1e-6)
+    assert kl_to_uniform(torch.zeros(2, 8, dtype=torch.long), 16).item() == pytest.approx(math.log(16))
+    pairs = torch.tensor([[0, 1, 0, 1, 0]])  # 01 twice, 10 twice, of 4 pairs
+    assert kl_to_uniform(pairs, 2, n=2).item() == pytest.approx(2 * math.log(2) - math.log(2))
