@@ -1,4 +1,9 @@
-"""A small One-D-Piece that draws pixels, on crops of photographs."""
+"""A small One-D-Piece that draws pixels, on crops of photographs.
+
+Not yet run to its end. After 1000 of its 2500 steps (0.09 s of one core each) held-out crops came out at 15.0, 16.7, 17.2 and
+17.4 dB from 1, 2, 4 and 8 of 32 tokens (1.2 to 10 bytes) and no better from more; JPEG's smallest files are 299 bytes at 20.1
+dB, WebP's 81 at 23.4 dB. So far it is no match for either.
+"""
 
 from __future__ import annotations
 
