@@ -1,4 +1,4 @@
-"""Digits as bits, and a language model that writes them: a tokenizer and a generator, both trained here in well under a minute."""
+"""Digits as bits, and a language model that writes them: a tokenizer and a generator, both trained here in seconds."""
 
 import torch
 from sklearn.datasets import load_digits
