@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
@@ -122,25 +123,63 @@ def tiny_llava_next() -> nn.Module:
     return ready(transformers.LlavaNextForConditionalGeneration(config))
 
 
-def tiny_qwen2_5_vl() -> nn.Module:
-    tower = {"depth": 5, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": PATCH, "out_hidden_size": 64}
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config={**tower, "window_size": 4 * PATCH, "fullatt_block_indexes": [1, 4]},
-        text_config={
-            **_text(),
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+def tiny_llava_next_video() -> nn.Module:
+    """LLaVA-NeXT-Video: frames of 6 x 6 patches pooled to 3 x 3."""
+    side = 24
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision(image_size=side)),
+        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+        vision_feature_layer=-2,
     )
+    return ready(transformers.LlavaNextVideoForConditionalGeneration(config))
+
+
+def tiny_llava_onevision() -> nn.Module:
+    """LLaVA-OneVision: tiles of 5 x 5 patches; more than two tiles' worth are resized; frames are pooled to 3 x 3."""
+    side = 20
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**vision(image_size=side, vision_use_head=False)),
+        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side]],
+        vision_aspect_ratio="anyres_max_2",
+    )
+    return ready(transformers.LlavaOnevisionForConditionalGeneration(config))
+
+
+def _qwen(**tower: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    return {
+        "vision_config": {"depth": 5, "num_heads": 4, "patch_size": PATCH, **tower},
+        "text_config": {**_text(), "max_position_embeddings": 1024, "rope_parameters": rope},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }
+
+
+def tiny_qwen2_vl() -> nn.Module:
+    config = transformers.Qwen2VLConfig(**_qwen(embed_dim=32, mlp_ratio=2, hidden_size=64))
+    return ready(transformers.Qwen2VLForConditionalGeneration(config))
+
+
+def tiny_qwen2_5_vl() -> nn.Module:
+    tower = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower, window_size=4 * PATCH, fullatt_block_indexes=[1, 4]))
     return ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
 def tiny_qwen_tower() -> nn.Module:
     return ready(Qwen2_5_VisionTransformerPretrainedModel(tiny_qwen2_5_vl().config.vision_config))
+
+
+def tiny_qwen2_tower() -> nn.Module:
+    return ready(Qwen2VisionTransformerPretrainedModel(tiny_qwen2_vl().config.vision_config))
 
 
 # one builder for each class name an adapter is registered under; several for one class where variants matter
@@ -154,11 +193,18 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Dinov2Model": tiny_dinov2,
     "Dinov2WithRegistersModel": tiny_dinov2_registers,
     "Qwen2_5_VisionTransformerPretrainedModel": tiny_qwen_tower,
+    "Qwen2VisionTransformerPretrainedModel": tiny_qwen2_tower,
     "LlavaForConditionalGeneration": tiny_llava,
     "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
     "LlavaModel": lambda: tiny_llava().model,
     "LlavaNextForConditionalGeneration": tiny_llava_next,
     "LlavaNextModel": lambda: tiny_llava_next().model,
+    "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,
+    "LlavaNextVideoModel": lambda: tiny_llava_next_video().model,
+    "LlavaOnevisionForConditionalGeneration": tiny_llava_onevision,
+    "LlavaOnevisionModel": lambda: tiny_llava_onevision().model,
+    "Qwen2VLForConditionalGeneration": tiny_qwen2_vl,
+    "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
     "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
     "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
 }
@@ -177,9 +223,10 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt. `images` are sizes in the family's own terms: () for LLaVA, (height, width) in pixels for LLaVA-NeXT, a grid
-    (time, height, width) of patches for Qwen, where time above 1 is a video. `text` are the lengths of the runs of text before,
-    between and after them. The same seed gives the same pixels and words, alone or in a batch."""
+    """One prompt. `images` are sizes in the family's own terms: () for LLaVA, (height, width) in pixels for LLaVA-NeXT and those
+    after it, where (frames,) is a video; a grid (time, height, width) of patches for Qwen, where time above 1 is one. `text` are
+    the lengths of the runs of text before, between and after them. The same seed gives the same pixels and words, alone or in a
+    batch."""
 
     images: tuple[tuple[int, ...], ...]
     text: tuple[int, ...]
@@ -191,10 +238,17 @@ def samples(net: nn.Module) -> list[Sample]:
     shapes: dict[str, list[tuple[tuple[int, ...], ...]]] = {
         "llava": [((),), ((), ()), ((),)],
         "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
-        "qwen2_5_vl": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
+        "llava_next_video": [((20, 47),), ((40, 46), (48, 25)), ((2,),)],
+        "llava_onevision": [((36, 40),), ((20, 36), (36, 20)), ((2,),)],
+        "qwen2": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
     }
-    one, two, three = shapes[net.config.model_type]
+    one, two, three = shapes[family(net)]
     return [Sample(one, (4, 9), 1), Sample(two, (2, 3, 5), 2), Sample(three, (1, 6), 3)]
+
+
+def family(net: nn.Module) -> str:
+    kind = net.config.model_type
+    return "qwen2" if kind.startswith("qwen2") else kind
 
 
 def one_image(net: nn.Module) -> list[Sample]:
@@ -257,10 +311,16 @@ def extended(inputs: Inputs, new: Tensor) -> Inputs:
 
 def _single(net: nn.Module, sample: Sample) -> Inputs:
     generator = torch.Generator().manual_seed(100 + sample.seed)
-    pictures = {"llava": _llava_pictures, "llava_next": _next_pictures, "qwen2_5_vl": _qwen_pictures}[net.config.model_type]
+    pictures = {
+        "llava": _llava_pictures,
+        "llava_next": _next_pictures,
+        "llava_next_video": _crops_or_frames,
+        "llava_onevision": _crops_or_frames,
+        "qwen2": _qwen_pictures,
+    }[family(net)]
     pixels, counts, marks = pictures(net, sample.images, generator) if sample.images else ({}, [], [])
     runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
-    if net.config.model_type == "qwen2_5_vl":  # generation counts images by these
+    if family(net) == "qwen2":  # generation counts images by these
         for before, after in pairwise(runs):
             before[-1], after[0] = START, END
     parts = [runs[0]]
@@ -268,7 +328,7 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
         parts += [torch.full((count,), mark), run]
     ids = torch.cat(parts)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    if net.config.model_type == "qwen2_5_vl":
+    if family(net) == "qwen2":
         inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     return inputs
 
@@ -298,6 +358,36 @@ def _next_pictures(
         dtype = next(net.parameters()).dtype
         features = base.get_image_features(pixels.to(dtype), inputs["image_sizes"]).pooler_output
     return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
+
+
+def _crops_or_frames(
+    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[Inputs, list[int], list[int]]:
+    """Any-resolution images, or one video, of LLaVA-NeXT-Video and LLaVA-OneVision; the latter cuts only single images."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+    side, single = net.config.vision_config.image_size, net.config.model_type == "llava_onevision"
+    base, dtype = getattr(net, "model", net), next(net.parameters()).dtype
+    if len(images[0]) == 1:
+        frames = torch.randn(1, images[0][0], 3, side, side, generator=generator)
+        with torch.no_grad():
+            count = base.get_video_features(frames.to(dtype)).pooler_output.shape[1]
+        return {"pixel_values_videos": frames, **_told(single, 0)}, [count], [VIDEO]
+    crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
+    if single and len(images) > 1:
+        crops = [1] * len(images)
+    pixels = torch.zeros(len(images), max(crops), 3, side, side)
+    for image, count in enumerate(crops):
+        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(images), **_told(single, len(images))}
+    with torch.no_grad():
+        features = base.get_image_features(**{**inputs, "pixel_values": pixels.to(dtype)}).pooler_output
+    return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
+
+
+def _told(single: bool, images: int) -> Inputs:
+    """LLaVA-OneVision is told how many images each prompt has."""
+    return {"batch_num_images": torch.tensor([images])} if single else {}
 
 
 def _qwen_pictures(
@@ -333,7 +423,7 @@ def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
             mask[row, : h * w] = 1
         patches = torch.randn(len(shapes), SIDE**2, 3 * PATCH**2, generator=generator) * mask[..., None]
         return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
-    if net.config.model_type.startswith("qwen2_5_vl"):
+    if family(net) == "qwen2":
         grid = torch.tensor([(1, 8, 12), (1, 6, 6), (2, 6, 8)][:batch])
         return {"hidden_states": torch.randn(int(grid.prod(1).sum()), 6 * PATCH**2, generator=generator), "grid_thw": grid}
     size = net.config.image_size

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from jeton.demo import load_demo
     from jeton.engine import apply
     from jeton.measure.compare import compare
+    from jeton.measure.tune import tune
     from jeton.method import Budget, Sequence, Unsupported, get, methods
+    from jeton.models import ClipText
     from jeton.registry import systems
     from jeton.tokens import Reduction, Tokens
 
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "ClipText",
     "Reduction",
     "Sequence",
     "Tokens",
@@ -37,10 +40,12 @@ __all__ = [
     "load_demo",
     "methods",
     "systems",
+    "tune",
 ]
 
 _HOME = {
     "Budget": "jeton.method",
+    "ClipText": "jeton.models",
     "Reduction": "jeton.tokens",
     "Sequence": "jeton.method",
     "Tokens": "jeton.tokens",
@@ -51,6 +56,7 @@ _HOME = {
     "load_demo": "jeton.demo",
     "methods": "jeton.method",
     "systems": "jeton.registry",
+    "tune": "jeton.measure.tune",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # the rooms that hold systems; where a room holds other things too, its SYSTEMS names the files to look into
-ROOMS = ("backbones", "decode", "generate", "objectives", "reduce", "signals", "tokenizers")
+ROOMS = ("backbones", "decode", "generate", "measure", "merging", "objectives", "reduce", "signals", "text", "tokenizers")
 
 _REGISTRY: dict[str, Card] = {}
 T = TypeVar("T")
@@ -77,6 +77,8 @@ def _load() -> None:
     """Import every system's file once, so that the registry is complete. Nothing else may name the rooms."""
     for room in ROOMS:
         package = importlib.import_module(f"{__package__}.{room}")
-        files = getattr(package, "SYSTEMS", None) or [module.name for module in pkgutil.iter_modules(package.__path__)]
+        files = getattr(package, "SYSTEMS", None) or [
+            module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
+        ]
         for name in files:
             importlib.import_module(f"{package.__name__}.{name}")

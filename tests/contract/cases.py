@@ -12,18 +12,28 @@ import pytest
 from torch import nn
 
 import tiny
-from jeton.method import ClassAttention, LastAttention, Method, get, methods
+from jeton.method import ClassAttention, LastAttention, Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
 
+# fields with which decoding runs as recomputation without a cache does; their own decoding has tests of its own in tests/reduce
+AS_RECOMPUTED: dict[str, dict[str, Any]] = {"mustdrop": {"shrink": False}, "corematching": {"neurons": 1.0}}
 SHARE = 0.3  # the budget where nothing else is said
 ATTENTIONS = ("sdpa", "eager")
 LANGUAGE = [
     "LlavaForConditionalGeneration",
     "LlavaForConditionalGeneration-siglip",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 ]
-LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN = LANGUAGE
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN = LANGUAGE
+
+# Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
+# and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
+SISTERS = {NEXT_VIDEO: ONEVISION, QWEN2: QWEN, "LlavaNextVideoModel": "LlavaOnevisionModel", "Qwen2VLModel": "Qwen2_5_VLModel"}
+SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,21 @@ class Case:
         return tiny.model(self.model, attention, **more)
 
 
+# what a method cannot be applied without, where it is not the tiny models' to give
+GIVEN: dict[str, dict[str, Any]] = {"recoverable-compression": {"text": False}}
+
+
+def made(name: str, **fields: Any) -> Method:
+    """A method that can be applied to a tiny model."""
+    return get(name, **{**GIVEN.get(name, {}), **fields})
+
+
+def as_recomputed(case: Case) -> Case:
+    """The case with its decoding as recomputation without a cache has it."""
+    more = AS_RECOMPUTED.get(case.method, {})
+    return Case(case.method, (*case.fields, *more.items()), case.model)
+
+
 def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
     """A method with a budget. The contract speaks of budgets, so every method must take `keep`."""
     cls = get(name).__class__
@@ -51,16 +76,16 @@ def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
     assert "keep" in names, (
         f"{name} has no field `keep`; the contract cannot set its budget. Add the field, or teach tests/contract/cases.py."
     )
-    return get(name, keep=keep, **fields)
+    return made(name, keep=keep, **fields)
 
 
 def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
     """Every method as it is, with the score that needs no class token where it has one, and without virtual unmerging."""
-    for card in methods():
+    for card in reducers():
         yield card.id, ()
         if any(item.name == "score" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("score", "received"),)
-        if any(item.name == "unmerge" for item in dataclasses.fields(card.cls)):  # type: ignore[arg-type]
+        if any(item.name == "unmerge" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("unmerge", False),)
 
 
@@ -75,7 +100,12 @@ def claimed(case: Case) -> bool:
     language = isinstance(seen, VisionLanguage)
     encoder = seen.encoder if isinstance(seen, VisionLanguage) else seen
     needs = method.needs().values()
-    if encoder.packed and (method.site in ("block", "pixels") or not language):
+    if encoder.packed and not language:
+        return False
+    leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not encoder.groups))
+    if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
+        return False
+    if encoder.packed and any(part.site in ("block", "pixels") for part in method.parts()):
         return False
     if method.site == "layer" and not language:
         return False
@@ -84,7 +114,7 @@ def claimed(case: Case) -> bool:
     if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
         return False
     # pictures cut into patches before they reach the encoder can no longer be made smaller
-    return not (method.site == "pixels" and "Siglip2" in case.model)
+    return not (method.resizes and "Siglip2" in case.model)
 
 
 def needed(case: Case) -> bool:
@@ -94,7 +124,15 @@ def needed(case: Case) -> bool:
 
 
 # classes whose adapter is that of another class: the model without its head
-INNER = ("LlavaModel", "LlavaNextModel", "Qwen2_5_VLModel", "CLIPVisionModelWithProjection")
+INNER = (
+    "LlavaModel",
+    "LlavaNextModel",
+    "LlavaNextVideoModel",
+    "LlavaOnevisionModel",
+    "Qwen2VLModel",
+    "Qwen2_5_VLModel",
+    "CLIPVisionModelWithProjection",
+)
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
 REFUSED = [case for case in ALL if not claimed(case)]
 EVERY = [case for case in ALL if claimed(case) and needed(case)]
@@ -103,13 +141,20 @@ CASES = [case for case in EVERY if case.model not in INNER]
 LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
+RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
 AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 
 
 def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", list(cases), ids=str)
+    return pytest.mark.parametrize("case", [_weighed(case) for case in cases], ids=str)
+
+
+def _weighed(case: Case) -> Any:
+    """A case as pytest's parameter; slow where a sister family stands in for it."""
+    spoken_for = case.model in SISTERS and case.method not in SPEAKERS
+    return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
 
 
 both_attentions = pytest.mark.parametrize("attention", ATTENTIONS)

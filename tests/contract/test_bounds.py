@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, LANGUAGE, LANGUAGE_CASES, LLAVA_NEXT, QWEN, Case, each
+from cases import AT_THE_DOOR, LANGUAGE, LANGUAGE_CASES, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, Case, each, view
 from references import CLOSE, STEPS, columns, difference, full_columns, generated, runs_of_images, visual
 from torch import Tensor, nn
 from witness import Replay, spied, watching
@@ -15,6 +15,7 @@ import tiny
 from jeton.engine import apply
 from jeton.layout import Layout
 from jeton.method import get
+from jeton.models import VisionLanguage
 
 DROPPING = [case for case in LANGUAGE_CASES if case.made().site in ("encoder", "entry")]
 
@@ -61,7 +62,7 @@ def test_every_image_keeps_its_own_and_text_is_never_dropped(case: Case) -> None
         assert 0 < kept < len(own)
 
 
-@each([case for case in DROPPING if case.model == LLAVA_NEXT])
+@each([case for case in DROPPING if case.model in (LLAVA_NEXT, ONEVISION)])
 @pytest.mark.parametrize("newlines", ["keep", "drop", "pool"])
 def test_newlines_are_kept_dropped_or_compete_as_asked(case: Case, newlines: str) -> None:
     net, method = case.net(), case.made()
@@ -93,7 +94,7 @@ def test_a_budget_per_crop_holds_in_every_crop(name: str, per: str) -> None:
             assert counts == [5] * len(counts) if per == "crop" else sum(counts) == 5
 
 
-@pytest.mark.parametrize("name", [QWEN])
+@pytest.mark.parametrize("name", [NEXT_VIDEO, ONEVISION, QWEN2, QWEN])
 def test_a_budget_per_frame_holds_in_every_frame(name: str) -> None:
     net = tiny.model(name)
     inputs = tiny.prompts(net, tiny.samples(net)[2:])
@@ -108,7 +109,7 @@ def test_an_image_is_reduced_the_same_beside_any_other(case: Case) -> None:
     net = case.net()
     inputs = tiny.prompts(net, tiny.samples(net)[1:2])
     other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
-    first = 36 if case.model == QWEN else 1  # patches or pictures of the first image
+    first = 36 if case.model in (QWEN, QWEN2) else 1  # patches or pictures of the first image
     other["pixel_values"][:first] = other["pixel_values"][:first].flip(-1) + 1
     maps = []
     for given in (inputs, other):
@@ -122,7 +123,8 @@ def test_an_image_is_reduced_the_same_beside_any_other(case: Case) -> None:
 def test_methods_in_sequence_each_act_at_their_site(name: str) -> None:
     net = tiny.model(name)
     inputs = tiny.inputs_for(net)
-    block = "" if name == QWEN else "tome(keep=0.8) | "
+    seen_by = view(name)
+    block = "" if isinstance(seen_by, VisionLanguage) and seen_by.mixes else "tome(keep=0.8) | "
     with apply(net, f"{block}uniform(keep=0.7) | divprune(keep=0.5) | fastv(layer=2, keep=0.5)") as run, watching(net) as seen:
         tiny.run(net, inputs)
         report = run.report()

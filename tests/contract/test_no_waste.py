@@ -16,6 +16,7 @@ SIDE = 20  # 400 patches: more than any slab, and no other size of these models
 # methods that compare every token with every other by their definition; all others must do without
 ALL_PAIRS = {
     "pitome": "the energy of a token is a mean over its similarity to all others",
+    "catp": "facility location asks of every token how well each other one covers it",
     "divprune": "a table of cosines, no attention: faster than a row per pick; above 4096 tokens rows are computed instead",
 }
 # methods that learn from the picture how many tokens go at a step, though what is left at last is fixed: a shorter sequence has

@@ -10,7 +10,18 @@ from witness import watching
 
 import tiny
 from jeton.engine import apply
+from jeton.engine.run import Run
 from jeton.method import Unsupported
+
+
+def left(case: Case, run: Run) -> dict[int, int]:
+    """Tokens left of each image, or of each prompt where its images share a budget, which rounding may shift between them."""
+    together = case.made().promise(100).per == "prompt"
+    counts: dict[int, int] = {}
+    for image in run.report().images:
+        number = image.sample if together else image.image
+        counts[number] = counts.get(number, 0) + image.after
+    return counts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -20,14 +31,14 @@ def test_half_precision_is_finite_and_stays_half(case: Case, dtype: torch.dtype)
     inputs = tiny.inputs_for(net)
     with apply(net, case.made()) as run:
         output = tiny.run(net, inputs)
-        after = [image.after for image in run.report().images]
+        after = left(case, run)
     assert output.dtype == dtype and bool(torch.isfinite(output).all())
-    if case.made().site == "block" and case.model.startswith("LlavaNext"):
-        return  # which crops' tokens fall into the padding that is cut away depends on what merges, and rounding may change that
+    if case.made().site in ("block", "pixels") and case.model.startswith("LlavaNext"):
+        return  # which crops' tokens fall into the padding that is cut away depends on what leaves, and rounding may change that
     whole = case.net()
     with apply(whole, case.made()) as run:
         tiny.run(whole, tiny.inputs_for(whole))
-        assert after == [image.after for image in run.report().images]
+        assert after == left(case, run)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

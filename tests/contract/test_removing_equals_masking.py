@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, QWEN, VIRTUAL, Case, both_attentions, each, view
+from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, QWEN, QWEN2, VIRTUAL, Case, both_attentions, each, view
 from references import (
     TIGHT,
     causal,
@@ -156,7 +156,7 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
 
 @torch.no_grad()
 @both_attentions
-@each([case for case in AT_THE_DOOR if case.model != QWEN])
+@each([case for case in AT_THE_DOOR if case.model not in (QWEN, QWEN2)])
 def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str) -> None:
     net = case.net(attention)
     inputs = tiny.inputs_for(net)
@@ -171,7 +171,7 @@ def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str
 
 
 @torch.no_grad()
-@each([case for case in IN_A_LAYER if case.model != QWEN])
+@each([case for case in IN_A_LAYER if case.model not in (QWEN, QWEN2)])
 def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Case) -> None:
     """Layers before it see the original positions, it and all later ones those without gaps."""
     net = case.net()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jeton.method import Method, Need, Promise, get
+from jeton.method import Method, Need, Promise, Rule, get
 from jeton.models import VisionLanguage, adapt
 from jeton.tokens import Reduction, Tokens
 
@@ -20,7 +20,7 @@ from jeton.tokens import Reduction, Tokens
 
 @dataclass
 class Seen:
-    """What arrived at the language model's door and at each of its layers, and how long the encoder's blocks' inputs were."""
+    """What arrived at the language model's door and its layers, and over how many tokens the encoder's blocks attended."""
 
     embeds: Tensor | None = None
     mask: Tensor | None = None
@@ -52,6 +52,8 @@ def watching(net: nn.Module) -> Iterator[Seen]:
     view = adapt(net)
     encoder = view.encoder if isinstance(view, VisionLanguage) else view
 
+    attentions = [encoder.attention(part) for part in encoder.blocks]
+
     def block(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.blocks.append((args[0] if args else kwargs["hidden_states"]).shape[-2])
 
@@ -63,7 +65,7 @@ def watching(net: nn.Module) -> Iterator[Seen]:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen.layers.append({"hidden": hidden, "mask": kwargs.get("attention_mask"), "rotary": kwargs.get("position_embeddings")})
 
-    handles += [part.register_forward_pre_hook(block, with_kwargs=True) for part in encoder.blocks]
+    handles += [part.register_forward_pre_hook(block, with_kwargs=True) for part in attentions]
     if isinstance(view, VisionLanguage):
         handles.append(view.decoder.register_forward_pre_hook(door, with_kwargs=True))
         handles += [part.register_forward_pre_hook(layer, with_kwargs=True) for part in view.layers]
@@ -89,7 +91,8 @@ class Stand(Method):
 
     def __init__(self, inner: Method, decided: list[Reduction]) -> None:
         self.inner, self.decided = inner, decided
-        for name in ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "keep"):
+        copied = ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "resizes", "of_all", "keep")
+        for name in copied:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 
@@ -109,6 +112,12 @@ class Stand(Method):
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return self.inner.promise(n, depth)
+
+    def shrinks(self, depth: int) -> int | None:
+        return self.inner.shrinks(depth)
+
+    def rules(self, depth: int) -> dict[int, Rule]:
+        return self.inner.rules(depth)
 
     def __getattr__(self, name: str) -> Any:  # `grid` and `picture` of methods that shrink pixels
         return getattr(self.__dict__["inner"], name)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tiny
 from jeton.engine import watch
+from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
 
 LANGUAGE = [name for name in tiny.BUILDERS if tiny.is_language(tiny.model(name))]
@@ -34,7 +35,10 @@ def test_geometry_has_as_many_tokens_as_the_model_makes(name: str) -> None:
 
 def _own(inputs: tiny.Inputs, stream: str) -> tiny.Inputs:
     """The arguments of the method that encodes one kind of picture."""
-    names = {"image": ("pixel_values", "image_sizes", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+    names = {
+        "image": ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
     return {name: inputs[name] for name in names[stream] if name in inputs}
 
 
@@ -45,7 +49,9 @@ def test_every_patch_is_used_at_most_once_and_stands_inside_its_grid(name: str) 
     for stream in view.streams():
         for geometry in view.geometry(_own(inputs, stream), stream):
             used = geometry.source[geometry.source >= 0]
-            assert len(used.unique()) == len(used) and int(used.max()) < geometry.patches
+            # a map that is resized makes neighbouring tokens of the same patches
+            assert len(used.unique()) == len(used) or "Onevision" in name
+            assert int(used.max()) < geometry.patches
             shown = geometry.unit >= 0
             assert bool((geometry.row[shown] < geometry.height[shown]).all())
             assert bool((geometry.col[shown] < geometry.width[shown]).all())
@@ -77,6 +83,64 @@ def test_llava_next_crops_lie_where_the_model_packs_them(size: tuple[int, int]) 
     crops = geometry.unit > 0
     assert torch.equal(geometry.unit[crops], 1 + geometry.crop_row[crops] * cols + geometry.crop_col[crops])
     assert len(geometry.kinds) == 1 + rows * cols and geometry.kinds[0] == "thumbnail"
+
+
+def _check_shares(geometry: Geometry, shares: Tensor) -> None:
+    """shares (M, patches): how much of every patch the model puts into each token."""
+    shown = geometry.unit >= 0
+    assert torch.allclose(shares[shown].sum(1), torch.ones(int(shown.sum())), atol=1e-5)
+    named = torch.zeros(shares.shape[0], shares.shape[1] + 1).scatter(1, geometry.source % (shares.shape[1] + 1), 1)[:, :-1]
+    assert bool((named[shown][shares[shown] > 1e-5] == 1).all())  # no patch is forgotten
+    assert float((shares[shown] * named[shown]).sum(1).min()) > 0.999
+
+
+ONEVISION_SIZES = [(36, 40), (20, 36), (36, 20), (58, 20), (33, 25), (20, 20), (40, 21)]
+
+
+@pytest.mark.parametrize("size", ONEVISION_SIZES)
+def test_llava_onevision_tokens_are_made_of_the_patches_they_name(size: tuple[int, int]) -> None:
+    """The model's own packing of features that are one-hot in their patch, against the geometry's addresses."""
+    net, view = tiny.model("LlavaOnevisionForConditionalGeneration"), seen("LlavaOnevisionForConditionalGeneration")
+    geometry = view.geometry({"image_sizes": torch.tensor([size])}, "image")[0]
+    units = len(geometry.kinds)
+    features = torch.eye(geometry.patches).unflatten(0, (units, 25))
+    packed, _ = net.model.pack_image_features(
+        [features], torch.tensor([size]), image_newline=torch.full((geometry.patches,), -9.0), vision_aspect_ratio="anyres_max_2"
+    )
+    assert len(packed[0]) == len(geometry)
+    assert torch.equal(packed[0][:, 0] == -9, geometry.unit < 0)
+    _check_shares(geometry, packed[0])
+    crops = (packed[0].unflatten(1, (units, 25)).sum(2)[geometry.unit > 0] > 0.5).long()  # where most of a token lies in one crop
+    sure = crops.sum(1) == 1
+    assert torch.equal(crops.argmax(1)[sure], geometry.unit[geometry.unit > 0][sure]) and bool(sure.any())
+    seats = torch.stack([geometry.unit, geometry.row, geometry.col], 1)[geometry.unit >= 0]
+    assert len(seats.unique(dim=0)) == len(seats)  # no two tokens share a place
+    per_crop = seats[seats[:, 0] > 0][:, 0].unique()
+    assert torch.equal(per_crop, torch.arange(1, units))
+
+
+def test_llava_onevision_cuts_only_images_that_are_alone() -> None:
+    view = seen("LlavaOnevisionForConditionalGeneration")
+    sizes = torch.tensor([(36, 40), (36, 40), (36, 40)])
+    told = view.geometry({"image_sizes": sizes, "batch_num_images": torch.tensor([2, 0, 1])}, "image")
+    assert [len(item.kinds) for item in told] == [1, 1, 5]
+    assert [int((item.unit < 0).sum()) for item in told[:2]] == [1, 1] and [len(item) for item in told[:2]] == [26, 26]
+    assert [len(item.kinds) for item in view.geometry({"image_sizes": sizes}, "image")] == [5, 5, 5]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LlavaOnevisionForConditionalGeneration", "LlavaNextVideoForConditionalGeneration"])
+def test_tokens_of_video_frames_are_made_of_the_patches_they_name(name: str) -> None:
+    net, view = tiny.model(name), seen(name)
+    geometry = view.geometry({"pixel_values_videos": torch.zeros(2, 3, 3, 8, 8)}, "video")
+    assert len(geometry) == 2 and geometry[0].kinds == ("frame",) * 3
+    frame = geometry[0].patches // 3
+    features = torch.eye(frame * 3).unflatten(0, (3, frame))
+    pooled = net.model.apply_pooling(features) if "Onevision" in name else net.model.vision_resampler(features)
+    shares = pooled.flatten(0, 1)
+    newline = shares.new_zeros(len(geometry[0]) - len(shares), shares.shape[1])
+    assert len(newline) == int((geometry[0].unit < 0).sum()) == ("Onevision" in name)
+    _check_shares(geometry[0], torch.cat([shares, newline]))
 
 
 @torch.no_grad()

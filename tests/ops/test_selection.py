@@ -150,3 +150,38 @@ def test_diversity_of_a_padded_row_equals_that_row_alone(keep):
     kept = selection.max_min_diverse(x, keep, mask)
     alone = selection.max_min_diverse(x[1:, :11], keep)
     assert torch.equal(kept.index[1][kept.real[1]], alone.index[0])
+
+
+# -- facility location ----------------------------------------------------------------------------------------------------
+
+
+def covered(x, chosen):
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    return float((unit @ unit[chosen].T).amax(1).mean())
+
+
+def test_facility_location_takes_one_of_each_kind():
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+    kept = selection.facility_location(x, 2, torch.zeros(1, 3)).index[0].tolist()
+    assert kept == [0, 2] and covered(x[0], kept) == 1.0 and covered(x[0], [0, 1]) < 0.7
+
+
+def test_facility_location_without_cover_takes_the_most_valuable():
+    generator = torch.Generator().manual_seed(0)
+    x, value = torch.randn(2, 30, 4, generator=generator), torch.rand(2, 30, generator=generator)
+    assert torch.equal(selection.facility_location(x, 7, value, 0.0).index, selection.top_k(value, 7).index)
+
+
+@pytest.mark.parametrize("balance", [0.3, 1.0])
+def test_facility_location_is_greedy_in_every_step(balance):
+    generator = torch.Generator().manual_seed(1)
+    x, value = torch.randn(1, 14, 3, generator=generator), torch.rand(1, 14, generator=generator)
+    chosen = []
+    for _ in range(5):
+        worth = {
+            j: balance * covered(x[0], [*chosen, j]) + (1 - balance) * float(value[0, [*chosen, j]].mean())
+            for j in range(14)
+            if j not in chosen
+        }
+        chosen.append(max(worth, key=lambda j: worth[j]))
+        assert selection.facility_location(x, len(chosen), value, balance).index[0].tolist() == sorted(chosen)

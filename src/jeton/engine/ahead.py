@@ -24,15 +24,17 @@ def is_ahead(need: Need) -> bool:
 
 
 class Heard:
-    """Attention of the last token: rows (B, H, keys), of which the first `past` keys were cached before this forward."""
+    """Attention over the columns of one layer: rows (B, H, keys), of which the first `past` keys were cached before this forward.
+    Where visual tokens stand in the layer is remembered: some may be gone when a method reads."""
 
-    def __init__(self, rows: Tensor, past: int) -> None:
+    def __init__(self, rows: Tensor, past: int, flow: Flow) -> None:
         self.rows, self.past = rows, past
+        self.columns, self.length = flow.columns, flow.length
 
     def over(self, flow: Flow) -> Tensor:
-        """(R, H, K) its attention over the remaining visual tokens."""
-        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
-        return self.rows[at // flow.length, :, at % flow.length + self.past].movedim(-1, 1)
+        """(R, H, K) the attention over the remaining visual tokens."""
+        at = self.columns.gather(1, flow.scene.rows.slot).clamp(max=self.rows.shape[0] * self.length - 1)
+        return self.rows[at // self.length, :, at % self.length + self.past].movedim(-1, 1)
 
 
 class Ahead:
@@ -57,7 +59,7 @@ class Ahead:
             last = self.prompt.last
             if last is None:
                 last = torch.full((self.q.shape[0],), self.q.shape[2] - 1, device=self.q.device)
-            return Heard(self._rows(self.q, last[:, None])[:, :, 0], self.past).over(flow)
+            return Heard(self._rows(self.q, last[:, None])[:, :, 0], self.past, flow).over(flow)
         at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
         sample, column = at // flow.length, at % flow.length
         if isinstance(need, LayerKeys):

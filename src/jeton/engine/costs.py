@@ -14,6 +14,7 @@ from ..ops.flops import block_flops
 from ..tokens import Reduction, Tokens
 from .flow import Flow, Step
 from .report import ImageCount, Report, SiteCount
+from .rules import layer_flops
 
 if TYPE_CHECKING:
     from .run import Run
@@ -77,7 +78,7 @@ class Costs:
             model=type(run.model).__name__,
             device=str(parameter.device),
             dtype=str(parameter.dtype).removeprefix("torch."),
-            applied=bool(self.sites),
+            applied=bool(self.sites) or (run.rules is not None and bool(run.rules.ran)),
             note=self.note or _kept_whole(images),
             images=images,
             sites=tuple(
@@ -114,7 +115,7 @@ class Costs:
         after = (tokens.count() - tokens.prefix).tolist()
         return tuple(ImageCount(i, i, int(b), int(a)) for i, (b, a) in enumerate(zip(before, after, strict=True)))
 
-    def _encoder_lengths(self) -> list[tuple[int, int]]:
+    def _encoder_lengths(self) -> list[tuple[float, float]]:
         """Tokens at the attention and at the MLP of every encoder block in the last forward."""
         site = self.run.site
         if site.lengths:
@@ -123,7 +124,10 @@ class Costs:
         if not self.run.encoder.packed:
             start = site.patches if site.reduction is None else site.reduction.k - self.run.encoder.prefix
             return [(start + self.run.encoder.prefix,) * 2] * blocks if site.pictures else []
-        return [(self.layout.album.patches // max(1, self.layout.images),) * 2] * blocks if self.layout else []
+        if self.flow is None:
+            return []
+        ran, album = self.flow.scene.encoded_patches, self.flow.layout.album
+        return [((album.patches if ran is None else ran) / max(1, len(album)),) * 2] * blocks
 
     def _layer_tokens(self) -> list[float]:
         view = self.run.view
@@ -138,34 +142,47 @@ class Costs:
         return out
 
     def _flops(self) -> tuple[float, float]:
+        run = self.run
         ran, full = self._encoder_flops()
-        view = self.run.view
+        view = run.view
         if not isinstance(view, VisionLanguage) or self.layout is None or not self.arrived:
             return ran, full
-        width, kv, mlp, gated = view.dims
-        length = self.arrived
+        length, rules = self.arrived, {} if run.rules is None else run.rules.ran
         for layer in range(len(view.layers)):
             length = self.thinner[layer][0] if layer in self.thinner else length
             # where merged tokens act at all their places, attention runs over the unreduced length
-            attended = self.length**2 / length if self.run.virtual else length
-            ran += self.layout.batch * block_flops(int(length), width, mlp, kv_dim=kv, gated=gated, n_keys=attended)
-            full += self.layout.batch * block_flops(self.length, width, mlp, kv_dim=kv, gated=gated)
+            attended = self.length**2 / length if run.virtual else None
+            ran += layer_flops(rules.get(layer), self.layout.batch, int(length), view.dims, attended)
+            full += layer_flops(None, self.layout.batch, self.length, view.dims)
         if view.projector is not None:
             each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
-            full += each * self.layout.album.patches
-            ran += each * self.run.projected(self.layout.album.patches)
-        return ran, full
+            assert self.flow is not None
+            projected = self.flow.scene.projected
+            full += each * (projected if view.mixes else self.layout.album.patches)
+            ran += each * projected
+        return ran + self._mixing(), full
+
+    def _mixing(self) -> float:
+        """Products with dense matrices; other reductions only move and add."""
+        dense = [(tokens, last.matrix) for tokens, last in self.sites.values() if last.matrix is not None]
+        return float(sum(2 * matrix.numel() * tokens.features.shape[2] for tokens, matrix in dense))
 
     def _encoder_flops(self) -> tuple[float, float]:
         lengths = self._encoder_lengths()
         encoder = self.run.encoder
         width, mlp, gated = encoder.dims
-        pictures = self.run.site.pictures if not encoder.packed else (len(self.layout.album) if self.layout else 0)
-        start = lengths[0][0] if encoder.packed and lengths else self.run.site.patches + encoder.prefix
+        pictures = self.run.site.pictures
+        if self.layout is not None:  # images and videos take one call of the encoder each
+            pictures = len(self.layout.album) if encoder.packed else self.layout.album.patches // self.run.site.patches
+        start: float = self.run.site.patches + encoder.prefix
+        if encoder.packed and self.layout is not None:
+            start = self.layout.album.patches / len(self.layout.album)
         ran = full = 0.0
         for number, (before, after) in enumerate(lengths):
-            full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=encoder.keys(number, start))
-            ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=encoder.keys(number, before))
+            keys = encoder.keys(number, start)
+            full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
+            # tokens that left are missed by all others alike
+            ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
         return ran, full
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
@@ -203,7 +220,7 @@ class Costs:
 
 def _follow(owner: Tensor, step: Step, image: int) -> Tensor:
     """Owners (slots that represent each token) after one more reduction."""
-    slots, after = step.before.slot[image].cpu(), step.after.slot[image].cpu()
+    slots, after = step.before.slot[image].cpu(), torch.nn.functional.pad(step.after.slot[image].cpu(), (0, 1), value=-1)
     assign = step.reduction.assign[image].cpu()[step.prefix :]
     went = torch.full((int(max(owner.max(), slots.max())) + 2,), -1)
     real = torch.where(assign < 0, -1, after[assign.clamp(min=0)])

@@ -15,9 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Album
-from ..method import ClassAttention, ClassSimilarity, Keys, MeanAttention, Method, Need, ReceivedAttention, Values
+from ..method import (
+    AnchorAttention,
+    ClassAttention,
+    ClassSimilarity,
+    Keys,
+    MeanAttention,
+    Method,
+    Need,
+    PatchEntropy,
+    PixelVariance,
+    ReceivedAttention,
+    TextSimilarity,
+    Values,
+)
 from ..models import Encoder
-from ..ops import attention
+from ..ops import attention, pixels
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
 from .tap import Listener
@@ -27,23 +40,32 @@ if TYPE_CHECKING:
 
 
 class EncoderSite:
-    """One encoder under a run. `depth`: how many of its blocks feed what is handed on."""
+    """One encoder under a run. `depth`: how many of its blocks feed what is handed on. `only`: the patches a packed encoder is to
+    run on, None for all."""
 
     def __init__(self, run: Run, encoder: Encoder, depth: int, methods: list[Method], late: set[Need], alone: bool) -> None:
         self.run, self.encoder, self.depth, self.alone = run, encoder, depth, alone
-        self.pixels = [m for m in methods if m.site == "pixels"]
+        droppers = [m for m in methods if m.site == "pixels" and not m.resizes]
+        self.pixels = [m for m in methods if m.site == "pixels" and m.resizes]
         self.stepped = [m for m in methods if m.site == "block"]
+        if not encoder.packed:  # patches leave in front of block 0; those of a packed encoder have left before it runs
+            self.stepped = droppers + self.stepped
+        self.only: Tensor | None = None
         self.listeners: dict[int, _Listener] = {}
         self._names = list(inspect.signature(encoder.model.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
-        for need in late:
+        self.texts = [need for need in late if isinstance(need, TextSimilarity)]
+        self.seen = {need for need in late if isinstance(need, PatchEntropy)}
+        for need in late.difference(self.texts, self.seen):
             self._listener(self.block_of(need)).late.add(need)
         self.clear()
 
     def block_of(self, need: Need) -> int:
         """The encoder block a need names; negative layers count back from the block that feeds what is handed on."""
+        if getattr(need, "last", False):
+            return len(self.encoder.blocks) - 1
         layer = need.layer or 0
         block = layer + self.depth if layer < 0 else layer
         if not 0 <= block < self.depth:
@@ -68,6 +90,7 @@ class EncoderSite:
         self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
         self.history: list[tuple[int, Reduction]] = []
+        self.variance: Tensor | None = None
         self.records: dict[Need, list[Tensor]] = defaultdict(list)
         self.records_at: dict[Need, Reduction | None] = {}
 
@@ -127,7 +150,12 @@ class EncoderSite:
             self.run.clock.begin("selection")
             self.run.costs.clear()
         if self.encoder.packed:
-            return args, kwargs
+            self._look(inputs)
+            if self.only is None:
+                return args, kwargs
+            self.patches = inputs["hidden_states"].shape[0]
+            self.inputs = self.encoder.shortened(inputs, self.only)
+            return (), self.inputs
         album = Album.of(tuple(self.encoder.geometry(inputs)), inputs["pixel_values"].device)
         self.mask = self.start_mask = self._with_prefix_mask(self.encoder.token_mask(inputs))
         self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(album.counts)
@@ -137,16 +165,39 @@ class EncoderSite:
         self.place = behind(self.bare_place, self.encoder.prefix)
         for method in self.pixels:
             inputs = self._shrink_picture(method, inputs, len(album))
+        self.inputs = inputs
+        self._look(inputs)
         return (), inputs
 
-    def _finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _look(self, inputs: dict) -> None:
+        """Record the signals that are read from the pictures themselves."""
+        for need in self.seen:
+            assert isinstance(need, PatchEntropy)
+            with self.run.clock.measure("selection"):
+                value = pixels.entropy(self.encoder.grey(inputs, need.mean, need.std))
+            self.records[need].append(torch.nn.functional.pad(value, (self.encoder.prefix, 0)))
+            self.records_at[need] = self.reduction
+
+    def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
+        for need in self.texts:
+            assert need.tower is not None
+            with self.run.clock.measure("selection"):
+                self.records[need].append(need.tower.similarity(output[0], need.questions, need.end, need.normed))
+                self.records_at[need] = self.reduction
+        if self.only is None:
+            return None
+        # the model splits what comes out by picture: lay it out on the full map
+        group = len(self.only) // len(output.pooler_output)
+        full = output.pooler_output.new_zeros(self.patches // group, output.pooler_output.shape[-1])
+        output.pooler_output = full.index_copy(0, self.only[::group] // group, output.pooler_output)
+        return output
 
     def _shrink_picture(self, method: Any, inputs: dict, pictures: int) -> dict:
-        pixels = inputs["pixel_values"]
-        height, width = self.encoder.grid(pixels)
-        place = Place.grid(pictures, height, width, pixels.device)
-        blank = Tokens(pixels.new_zeros(pictures, height * width, 1), place=place)
+        picture = inputs["pixel_values"]
+        height, width = self.encoder.grid(picture)
+        place = Place.grid(pictures, height, width, picture.device)
+        blank = Tokens(picture.new_zeros(pictures, height * width, 1), place=place)
         with self.run.clock.measure("selection"):
             self.run.check_keep(method, height * width)
             grid = method.grid(height, width)
@@ -220,12 +271,12 @@ class EncoderSite:
             place = place.gather(self.reduction.index)
         tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order, self.score)
         listener = self.listeners[number]
-        signals = {name: listener.now[need] for name, need in step.needs().items()}
+        signals = {name: self._signal(need, listener) for name, need in step.needs().items()}
         if self.mask is not None and isinstance(getattr(method, "keep", None), float):
             quota = self._quota(number, method)
             signals |= {} if quota is None else {"quota": quota}
         reduction = step.reduce(tokens, signals)
-        self.run.costs.count("block", method, tokens, reduction)
+        self.run.costs.count(method.site, method, tokens, reduction)
         after = reduction.apply(tokens)
         self.score = after.score
         if reduction.is_identity:
@@ -233,7 +284,17 @@ class EncoderSite:
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges
         self.size, self.order, self.mask = after.size, after.order, after.mask
         self._advance(reduction, number)
+        if self.variance is not None:
+            self.variance = self.variance.gather(1, reduction.index)
         return after.features
+
+    def _signal(self, need: Need, listener: _Listener) -> Tensor:
+        if not isinstance(need, PixelVariance):
+            return listener.now[need]
+        if self.variance is None:
+            of_patches = pixels.variance(self.encoder.patches(self.inputs["pixel_values"]))
+            self.variance = torch.nn.functional.pad(of_patches, (self.encoder.prefix, 0))
+        return self.variance
 
     def _quota(self, number: int, method: Method) -> Tensor | None:
         """(B, 1) patches that pictures of different lengths keep at a block, each by the plan for its own length."""
@@ -265,9 +326,10 @@ class EncoderSite:
 
     def flat(self, need: Need) -> Tensor:
         """A recorded signal for every patch of the batch, in order: (patches, ...)."""
-        if self.encoder.packed:
+        if self.encoder.packed and need not in self.seen:
             calls = [_tokens_last(need, part) for part in self.records[need]]
-            return self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
+            value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
+            return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
         value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
         at = self.records_at[need]
         if at is not None:
@@ -323,6 +385,9 @@ def _measure(
     need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scale: float
 ) -> Tensor:
     """One signal from one attention call."""
+    if getattr(need, "joined", False):
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+        scale = query.shape[-1] ** -0.5
     first = None if mask is None else mask[:, :, :1]
     if isinstance(need, ClassAttention):
         return attention.rows(query[:, :, :1], key, scale, first, logits=need.logits)[:, :, 0]
@@ -332,6 +397,8 @@ def _measure(
         return attention.rows(value[:, :, :1], value, 1.0, first)[:, :, 0]
     if isinstance(need, ReceivedAttention):
         return attention.received(query, key, scale, real)
+    if isinstance(need, AnchorAttention):
+        return attention.anchored(query, key, need.threshold, scale, real)
     if isinstance(need, Keys):
         return key.mean(1)
     if isinstance(need, Values):
@@ -348,7 +415,7 @@ def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _tokens_last(need: Need, value: Tensor) -> Tensor:
-    return value.transpose(1, 2) if value.dim() == 3 and not need.heads else value
+    return value.transpose(1, 2) if value.dim() == 3 and (not need.heads or isinstance(need, TextSimilarity)) else value
 
 
 def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:

@@ -6,17 +6,19 @@ Whatever a conversation has lost is remembered beside its cache; several convers
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..method import Method
+from ..method import Method, Need, PairedText, PromptNumber
 from ..tokens import gather
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
 from .prompt import Prompt, padded
 from .virtual import remembered
+from .words import paired_text, prompt_number
 
 _UNKNOWN = (
     "pictures were reduced before the language model, but the prompt came without input_ids that show where they stand (a "
@@ -82,6 +84,7 @@ class Entrance:
             run.say("the prompt's image tokens are not known (no input_ids, or features made elsewhere): nothing was reduced")
             return
         prompt.scene = prompt.flow.scene
+        run.check_keeps(prompt.flow.layout.album.candidates(self.gallery.structure).slot.shape[1])
         run.costs.begin(prompt.flow)
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -118,6 +121,8 @@ class Entrance:
         prompt.total = prompt.past + prompt.new - (0 if entry is None else entry.offset)
         prompt.held = prompt.total - arriving.shape[1]
         prompt.ids, prompt.last = kwargs["position_ids"], _last(kwargs.get("attention_mask"), arriving.shape[1])
+        prompt.real = _real(kwargs.get("attention_mask"), arriving.shape[1])
+        prompt.decoding = prompt.flow is None and arriving.shape[1] == 1 and prompt.held > 0
         if prompt.flow is not None:
             prompt.run.costs.enter(arriving.shape[1], prompt.new, kwargs.get("attention_mask"))
         return (), kwargs
@@ -135,7 +140,7 @@ class Entrance:
         embeds, memory = kwargs["inputs_embeds"], prompt.memory
         if self.methods:
             with prompt.run.clock.measure("selection"):
-                embeds = self._reduced(flow, embeds)
+                embeds = self._reduced(flow, embeds, kwargs.get("attention_mask"))
         made = flow.cut()
         kwargs["inputs_embeds"] = embeds
         if made is None:
@@ -154,17 +159,23 @@ class Entrance:
             # without a cache and without a mask, a gap in the positions would read as the seam of two packed sequences
             kwargs["attention_mask"] = self._mask(mask)
 
-    def _reduced(self, flow: Flow, embeds: Tensor) -> Tensor:
+    def _reduced(self, flow: Flow, embeds: Tensor, mask: Tensor | None) -> Tensor:
         """Let the methods decide; merged tokens are written where their representative stands."""
         prompt = self.prompt
         flat = padded(embeds.flatten(0, 1))
         tokens = prompt.tokens(flat[flow.at])
+        signal = partial(self._signal, flow, embeds, mask)
         for method in self.methods:
-            tokens = prompt.reduce(method, method, tokens, method.site)
+            tokens = prompt.reduce(method, method, tokens, method.site, signal)
         if tokens.size is None:
             return embeds
         flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
         return flat[:-1].view_as(embeds)
+
+    def _signal(self, flow: Flow, embeds: Tensor, mask: Tensor | None, need: Need) -> Tensor:
+        if isinstance(need, PairedText):
+            return paired_text(flow, embeds, mask)
+        return prompt_number(flow) if isinstance(need, PromptNumber) else self.prompt.encoded(need, 0)
 
     def _follow(self, kwargs: dict) -> None:
         """Nothing leaves here, but earlier columns may be gone: cut the mask to what the cache holds."""
@@ -183,7 +194,7 @@ class Entrance:
         columns, real = entry.columns(total), entry.real(total)
         if mask is None:
             return torch.ones_like(columns) if real is None else real.long()
-        if mask.dim() == 4 and mask.shape[2] == self.new:
+        if mask.dim() == 4 and mask.shape[2] == self.prompt.new:
             return self._wide(mask, columns, real)
         if mask.dim() != 2:
             raise ValueError(f"an attention mask is (batch, length) or (batch, 1, new, length), got {tuple(mask.shape)}.")
@@ -227,6 +238,11 @@ def pick(ids: Tensor | None, index: Tensor) -> Tensor:
     """Position ids (..., B or 1, L) at the columns index (B, L')."""
     assert ids is not None
     return ids.expand(*ids.shape[:-2], index.shape[0], ids.shape[-1]).gather(-1, index.expand(*ids.shape[:-2], *index.shape))
+
+
+def _real(mask: Tensor | None, new: int) -> Tensor | None:
+    """(B, new) which of the new columns are no padding; None when all are."""
+    return None if mask is None or mask.dim() != 2 else mask[:, -new:].bool()
 
 
 def _last(mask: Tensor | None, new: int) -> Tensor | None:

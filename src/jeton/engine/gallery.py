@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Album, Layout, read_layout
+from ..layout import Album, Layout, Rows, read_layout
 from ..method import Given, Need
-from .flow import Flow, Scene
+from ..tokens import Reduction
+from .flow import Flow, Scene, Step
+from .groups import Groups
 from .prompt import Prompt
 
 
 class Gallery:
-    def __init__(self, prompt: Prompt, structure: str) -> None:
-        self.prompt, self.structure = prompt, structure
+    def __init__(self, prompt: Prompt, structure: str, groups: Groups) -> None:
+        self.prompt, self.structure, self.groups = prompt, structure, groups
         self.scenes: dict[str, tuple[Any, Scene]] = {}
 
     def attach(self) -> None:
@@ -43,7 +45,7 @@ class Gallery:
                 output = encode(*args, **kwargs)
                 self._close(stream, output)
             finally:
-                self.prompt.scene = None
+                self.prompt.scene = self.prompt.encoder.only = None
             return output
 
         return encoding
@@ -55,8 +57,11 @@ class Gallery:
         device = pixels[0].device
         album = Album.of(tuple(prompt.view.geometry(inputs, stream)), device)
         rows = album.candidates(self.structure)
-        prompt.run.encoding(rows.slot.shape[1])
+        if len(prompt.view.streams()) == 1:  # where images and videos are encoded apart, the batch has to be seen first
+            prompt.run.check_keeps(rows.slot.shape[1])
+        prompt.run.encoding()
         prompt.scene = Scene(album, rows, given=self._given(album, stream))
+        prompt.encoder.only = self.groups.choose(pixels)
 
     def _given(self, album: Album, stream: str) -> dict[Need, Tensor]:
         """(R, U) numbers from outside, for the units of every picture."""
@@ -98,7 +103,7 @@ class Gallery:
         return self._together(masks, [scene for _, scene in found])
 
     def _together(self, masks: list[torch.Tensor], scenes: list[Scene]) -> Flow:
-        """Images and videos in one batch of prompts: one album, in prompt order."""
+        """Images and videos in one batch of prompts: one album, in prompt order. Tokens gone already were dropped whole."""
         parts = [read_layout(mask, scene.album) for mask, scene in zip(masks, scenes, strict=True)]
         album, starts = scenes[0].album, [0]
         for scene in scenes[1:]:
@@ -122,7 +127,16 @@ class Gallery:
             )[at]
             for need in scenes[0].given
         }
-        scene = Scene(shown, shown.candidates(self.structure), signals=signals, given=given)
+        rows, trail = shown.candidates(self.structure), []
+        if any(scene.trail for scene in scenes):
+            left = torch.nn.utils.rnn.pad_sequence([slots for scene in scenes for slots in scene.left()], batch_first=True)
+            here = left[at].gather(1, rows.slot)
+            drop = Reduction.select(here if rows.mask is None else here & rows.mask)
+            trail = [Step(rows, drop, 0, Rows(rows.slot.gather(1, drop.index), drop.mask))]
+            rows = trail[0].after
+        ran = sum(scene.album.patches if scene.encoded_patches is None else scene.encoded_patches for scene in scenes)
+        projected = sum(scene.projected for scene in scenes)
+        scene = Scene(shown, rows, signals=signals, projected=projected, given=given, encoded_patches=ran, trail=trail)
         return Flow.start(layout, scene, self.structure)
 
 

@@ -18,7 +18,6 @@ class ProjectorSite:
         self.prompt, self.methods = prompt, methods
         self.patch: Tensor | None = None
         self.shape = (0, 0)
-        self.count = 0
 
     def attach(self) -> None:
         projector = self.prompt.view.projector
@@ -50,7 +49,8 @@ class ProjectorSite:
         return (tokens.features, *args[1:])
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        self.count = output.shape[:-1].numel()
+        if self.prompt.scene is not None:
+            self.prompt.scene.projected = output.shape[:-1].numel()
         return None if self.patch is None else self._lay_out(output, self.patch)
 
     def _lay_out(self, features: Tensor, patch: Tensor) -> Tensor:

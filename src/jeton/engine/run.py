@@ -18,22 +18,27 @@ from ..method import (
     LastSimilarity,
     Method,
     Need,
+    PairedText,
+    TextSimilarity,
     Unsupported,
     get,
 )
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
+from .cache import CacheSite
 from .clock import Clock
 from .costs import Costs
 from .encoder import EncoderSite
 from .entrance import Entrance
 from .gallery import Gallery
+from .groups import Groups
 from .layers import LayerSite
 from .loss import Loss
 from .outlet import Outlet
 from .projector import ProjectorSite
 from .prompt import Prompt
 from .report import Report
+from .rules import RuleSite
 from .tap import Taps
 from .virtual import VirtualSite
 
@@ -95,7 +100,7 @@ class Run:
         self._undo: list[Callable[[], None]] = []
         self._inside = self._ahead = False
         self.outlet: Outlet | None = None
-        self.projector: ProjectorSite | None = None
+        self.rules: RuleSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
         late: set[Need] = {
             need
@@ -129,15 +134,18 @@ class Run:
         layered = [m for m in self.methods if m.site == "layer"]
         structure = self.newlines or next((m.newlines for m in early + entry + layered), "keep")
         prompt = Prompt(self, view, self.site)
-        gallery = Gallery(prompt, structure)
+        early_groups = [m for m in self.methods if m.site == "pixels" and self.encoder.packed]
+        gallery = Gallery(prompt, structure, Groups(prompt, early_groups))
         gallery.attach()
-        Entrance(prompt, gallery, entry if view.projector is not None else early + entry, self.virtual).attach()
+        Entrance(prompt, gallery, early + entry if view.mixes else entry, self.virtual).attach()
         if view.projector is not None:
-            self.projector = ProjectorSite(prompt, early)
-            self.projector.attach()
+            ProjectorSite(prompt, [] if view.mixes else early).attach()
         LayerSite(prompt, layered).attach()
         if self.virtual:
             VirtualSite(prompt).attach()
+        CacheSite(prompt, self.methods).attach()
+        self.rules = RuleSite(prompt, self.methods)
+        self.rules.attach()
         Loss(prompt).attach()
 
     def remove(self) -> None:
@@ -204,16 +212,17 @@ class Run:
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
-            if method.site == "pixels" and not self.encoder.resizable:
+            if method.resizes and not self.encoder.resizable:
                 self._refuse(
                     method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
                 )
-            if method.site == "layer" and not language:
+            if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
-            if method.site in ("block", "pixels") and self.encoder.packed:
+            leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
+            if leaves and isinstance(self.view, VisionLanguage) and self.view.mixes:
                 self._refuse(
                     method,
-                    "packs all pictures into one windowed sequence and merges 2x2 patches, so tokens cannot leave inside it",
+                    "mixes neighbouring patches into tokens behind its encoder, so they cannot leave one by one inside it",
                     "divprune, fastv, or a score such as fastervlm(score='received')",
                 )
             self._check_needs(method, [*method.needs().values()])
@@ -258,6 +267,28 @@ class Run:
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
                 self._refuse(method, "takes no videos", f"{method.card.id} without them", "numbers for the frames of videos")
+            if isinstance(need, PairedText) and not isinstance(self.view, VisionLanguage):
+                self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the text of each image")
+            if isinstance(need, TextSimilarity):
+                self._check_tower(method, need)
+
+    def _check_tower(self, method: Method, need: TextSimilarity) -> None:
+        """The text tower must be the companion of the encoder: one that was trained beside it has its width."""
+        width = self.encoder.dims[0]
+        if need.tower is None:
+            self._refuse(
+                method,
+                "came without one",
+                "text=jeton.ClipText(clip, tokenizer) and question=..., or text=False to go without the question",
+                "the question through a text tower",
+            )
+        elif need.tower.width != width or self.encoder.packed:
+            self._refuse(
+                method,
+                f"has an encoder of width {width} ({self.encoder.name}) and the tower's patches are {need.tower.width} wide",
+                "the CLIP model that this encoder was taken from, or text=False",
+                "the question through a text tower",
+            )
 
     def _refuse(self, method: Method, lacks: str, instead: str, reads: str = "") -> None:
         reading = f" reads {reads}, but" if reads else " cannot be applied:"
@@ -285,11 +316,15 @@ class Run:
     def say(self, note: str) -> None:
         self.costs.note = note
 
-    def encoding(self, candidates: int) -> None:
-        """Pictures are about to be encoded; each has at most so many tokens that may be dropped."""
+    def check_keeps(self, candidates: int) -> None:
+        """Refuse counts above the tokens that may be dropped of the largest image."""
+        sites = ("encoder", "entry", "layer", "pixels") if self.encoder.packed else ("encoder", "entry", "layer")
         for method in self.methods:
-            if method.site in ("encoder", "entry", "layer"):
+            if method.site in sites:
                 self.check_keep(method, candidates)
+
+    def encoding(self) -> None:
+        """Pictures are about to be encoded."""
         if not self._inside:  # `generate` encodes first and runs the model afterwards: both make the first token
             self._begin()
             self._ahead = True
@@ -324,7 +359,3 @@ class Run:
         if not pictures:
             self.clock.begin("decode")
         self.clock.add("prefill" if pictures else "decode", self._door)
-
-    def projected(self, patches: int) -> int:
-        """Tokens that went through the projector in the last forward."""
-        return self.projector.count if self.projector is not None else patches

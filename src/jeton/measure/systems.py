@@ -22,17 +22,29 @@ _SITES = {
     "encoder": "after the encoder, before the projector, of encoders alone and in vision-language models",
     "entry": "at the language model's entrance, in prefill",
     "layer": "inside the language model",
+    "rule": "on how the language model's layers run",
 }
 
 _SIGNALS = {
     "ClassAttention": "the class token's attention",
     "ReceivedAttention": "the attention each token receives",
+    "MeanAttention": "the attention of the mean query",
+    "ClassSimilarity": "the similarity of values to the class token's",
+    "AnchorAttention": "the attention each token receives from those that receive most",
+    "PatchEntropy": "the entropy of each patch's grey values",
     "Keys": "attention keys",
+    "Values": "attention values",
     "LastAttention": "the attention of the prompt's last token",
+    "LastSimilarity": "the similarity of values to those of the prompt's last token",
+    "LayerValues": "attention values of a language-model layer",
     "TextAttention": "the attention of the words that matter for the image",
     "VisualAttention": "the attention visual tokens receive from each other",
     "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",
+    "PixelVariance": "how much the pixels of each token vary",
+    "Entered": "how many tokens entered the language model",
+    "Neurons": "which MLP neurons each token activates",
+    "NeuronCounts": "how many tokens activate each MLP neuron",
 }
 
 

@@ -1,9 +1,11 @@
 """What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
 
-from . import clip, llava, llava_next, qwen2_5_vl, vit
+from . import clip, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, vit
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
+from .clip_text import ClipText
 
 __all__ = [
+    "ClipText",
     "Encoder",
     "Parts",
     "Registry",
@@ -13,6 +15,8 @@ __all__ = [
     "clip",
     "llava",
     "llava_next",
+    "llava_onevision",
     "qwen2_5_vl",
+    "qwen2_vl",
     "vit",
 ]

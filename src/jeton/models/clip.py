@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
 from .base import Encoder, Inputs, Parts, adapter
@@ -22,6 +23,8 @@ class _Tower(Encoder):
 class Clip(_Tower):
     prefix = 1
     has_class = True
+    pixel_mean = tuple(OPENAI_CLIP_MEAN)
+    pixel_std = tuple(OPENAI_CLIP_STD)
 
 
 @adapter("SiglipVisionModel")
@@ -45,6 +48,9 @@ class Siglip2(_Tower):
         if any(height * width > longest for height, width in shapes):
             raise ValueError("spatial_shapes describe more patches than pixel_values hold.")
         return [Geometry.picture(height, width) for height, width in shapes]
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(-1, (-1, self.model.config.num_channels)).transpose(-1, -2)
 
     def token_mask(self, inputs: Inputs) -> Tensor | None:
         mask = inputs.get("pixel_attention_mask")

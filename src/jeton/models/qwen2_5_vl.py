@@ -1,35 +1,41 @@
-"""Qwen2.5-VL: a packed, windowed tower, a 2x2 patch merger, and positions with three rows (time, height, width)."""
+"""Qwen2.5-VL: Qwen2-VL with a windowed tower."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Inputs, adapter
+from .qwen2_vl import Qwen2Tower, Qwen2VL, ends_among
 
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")
-class Qwen25Tower(Encoder):
-    packed = True
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(self.model.blocks)
-
-    def parts(self, block: nn.Module) -> Parts:
-        return Parts(block.norm1, block.attn, block.norm2, block.mlp)
-
-    def geometry(self, inputs: Inputs) -> list[Geometry]:
-        return [Geometry.picture(h, w, frames=t) for t, h, w in inputs["grid_thw"].tolist()]
-
+class Qwen25Tower(Qwen2Tower):
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """The tower attends in windows of permuted 2x2 groups: join the calls and put the groups back."""
         joined = torch.cat(record, dim=-1)
-        order = self._windows(inputs["grid_thw"])
+        order = inputs["window_index"] if "window_index" in inputs else self._windows(inputs["grid_thw"])
         group = self.model.spatial_merge_unit
         back = torch.argsort(order)
         return joined.unflatten(-1, (-1, group))[..., back, :].flatten(-2)
+
+    def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
+        """The windows are those of the whole grid, each with the groups that are left of it."""
+        from transformers.vision_utils import get_vision_window_index
+
+        model, group = self.model, self.model.spatial_merge_unit
+        order, ends = get_vision_window_index(
+            inputs["grid_thw"], model.spatial_merge_size, window_size=model.window_size, patch_size=model.patch_size
+        )
+        order = order.to(kept.device)
+        stays = torch.zeros_like(order, dtype=torch.bool).index_fill(0, kept[::group] // group, True)
+        listed = stays[order]
+        number = stays.cumsum(0) - 1
+        return {
+            **super().shortened(inputs, kept),
+            "window_index": number[order[listed]],
+            "cu_window_seqlens": group * ends_among(listed.nonzero().flatten(), ends // group),
+        }
 
     def keys(self, block: int, n: int) -> int:
         if block in self.model.fullatt_block_indexes:
@@ -58,20 +64,5 @@ class Qwen25Tower(Encoder):
 
 
 @adapter("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")
-class Qwen25VL(VisionLanguage):
-    rotary_rows = 3
-
-    def vision(self) -> Encoder:
-        return Qwen25Tower(self.base.visual)
-
-    def streams(self) -> dict[str, str]:
-        return {"image": "get_image_features", "video": "get_video_features"}
-
-    def visual(self, input_ids: Tensor, stream: str) -> Tensor:
-        return input_ids == getattr(self.model.config, f"{stream}_token_id")
-
-    def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
-        """A token is a 2x2 group of consecutive patches."""
-        side = self.base.visual.spatial_merge_size
-        grids = inputs[f"{stream}_grid_thw"].tolist()
-        return [Geometry.picture(h // side, w // side, side**2, frames=t) for t, h, w in grids]
+class Qwen25VL(Qwen2VL):
+    tower = Qwen25Tower

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 
 def block_flops(
-    n: int,
+    n: float,
     dim: int,
     mlp_dim: int,
     *,
     kv_dim: int | None = None,
     q_dim: int | None = None,
     gated: bool = False,
-    n_mlp: int | None = None,
+    n_mlp: float | None = None,
     n_keys: float | None = None,
-) -> int:
+) -> float:
     """One transformer block over n tokens of width `dim`.
 
     ``4 n dim q + 4 n dim kv + 4 n m q + c n' dim mlp`` with q = `q_dim` (all query heads, `dim` if not given), kv = `kv_dim`
@@ -32,7 +32,7 @@ def block_flops(
 
 def decode_flops(
     context: int, dim: int, mlp_dim: int, *, kv_dim: int | None = None, q_dim: int | None = None, gated: bool = False
-) -> int:
+) -> float:
     """One transformer block for one new token that attends to `context` keys, its own among them."""
     return block_flops(1, dim, mlp_dim, kv_dim=kv_dim, q_dim=q_dim, gated=gated, n_keys=context)
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from ..tokens import Reduction, Tokens, gather
 from .merging import merge
+from .neighbours import nearest
+from .ranking import rank_in_units
 from .similarity import normalise
 
 
@@ -59,6 +61,30 @@ def by_parity(metric: Tensor, prefix: int = 0, order: Tensor | None = None, mask
     if prefix == 0:
         key = key.scatter(1, sender, torch.arange(even.shape[1], device=metric.device).expand_as(sender))
     return Pairs(sender, odd.gather(1, partner.gather(1, best)), key, edge.gather(1, best))
+
+
+def by_parity_in_units(
+    metric: Tensor, unit: Tensor, merges: Tensor, order: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """ToMe's rule in every unit by itself: its merges[b, u] best senders go to their most similar receivers of the same unit.
+
+    metric (B, N, d), unit (B, N), merges (B, U), none above half of the unit's tokens. `order` (B, N) is the rank of each token
+    in the listing by whose places they take turns, None for 0..N-1. Returns `into` (B, N) for `merge`, and (B, N) what the next
+    listing of the remaining tokens of a unit is sorted by: senders that stay, best first, then receivers. Similarities are
+    computed a slab of rows at a time.
+    """
+    n, units = metric.shape[1], merges.shape[1]
+    here = torch.arange(n, device=metric.device).expand_as(unit)
+    own = unit if mask is None else unit.masked_fill(~mask, units)
+    place = rank_in_units(-(here if order is None else order), own, units + 1)
+    sends = (place % 2 == 0) & (own < units)
+    receiver = nearest(metric, (place % 2 == 1) & (own < units), own)
+    x = normalise(metric)
+    edge = (x * gather(x, receiver.clamp(min=0))).sum(2).masked_fill(~sends | (receiver < 0), -torch.inf)
+    turn = rank_in_units(edge, own, units + 1)
+    goes = sends & (receiver >= 0) & (turn < F.pad(merges, (0, 1)).gather(1, own))
+    into = torch.where(goes, receiver, here).masked_fill(own == units, -1)
+    return into, torch.where(sends, turn, n + place)
 
 
 def energy(metric: Tensor, margin: float, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:

@@ -110,6 +110,38 @@ def max_min_diverse(x: Tensor, keep: int | float, mask: Tensor | None = None) ->
     return pack(chosen[:, :n], k, ragged=True)
 
 
+def facility_location(
+    x: Tensor, k: int, value: Tensor, balance: float = 1.0, quota: Tensor | None = None, mask: Tensor | None = None
+) -> Reduction:
+    """Greedily keep the set S of k tokens of x (B, N, D) with the largest
+    ``balance · mean_i max_{j in S} cos(x_i, x_j) + (1 - balance) · mean_{j in S} value_j``; value (B, N).
+
+    Under a mask row b keeps the quota[b, 0] that are picked first. A table of all cosines is stored.
+    """
+    b, n, _ = x.shape
+    real = torch.ones(b, n, dtype=torch.bool, device=x.device) if mask is None else mask
+    unit = normalise(x)
+    near = (unit @ unit.mT).masked_fill(~real[:, :, None], -2.0)  # padding is covered by nobody, and gains nothing
+    shown, best = real.sum(1, keepdim=True), unit.new_full((b, n), -1.0)
+    value = value.float()
+    closed, picks = ~real, []
+    for done in range(1, k + 1):
+        gain = (1 - balance) * value / done
+        if balance:
+            gain = gain + balance * (near - best[:, :, None]).clamp(min=0).sum(1) / shown
+        pick = gain.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
+        picks.append(pick)
+        closed = closed.scatter(1, pick, True)
+        best = torch.maximum(best, near.gather(2, pick[:, None].expand(-1, n, -1))[..., 0])
+    order = torch.cat(picks, 1)
+    if mask is None:
+        return Reduction.keep(order.sort(dim=1).values, n)
+    assert quota is not None
+    within = torch.arange(k, device=x.device) < quota
+    chosen = torch.zeros(b, n + 1, dtype=torch.bool, device=x.device).scatter(1, order.masked_fill(~within, n), True)
+    return pack(chosen[:, :n], k, ragged=True)
+
+
 # -- private -----------------------------------------------------------------------------------------------------------
 
 

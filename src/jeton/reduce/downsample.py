@@ -27,6 +27,7 @@ class Downsample(Method):
     """
 
     site = "pixels"
+    resizes = True
     keep: int | float = 0.25
 
     def __post_init__(self) -> None:
