@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # the rooms that hold systems; where a room holds other things too, its SYSTEMS names the files to look into
-ROOMS = ("reduce", "cache", "decode", "text", "backbones", "objectives", "merging", "measure")
+ROOMS = (
+    "reduce",
+    "cache",
+    "decode",
+    "tokenizers",
+    "signals",
+    "text",
+    "generate",
+    "backbones",
+    "objectives",
+    "merging",
+    "measure",
+)
 
 _REGISTRY: dict[str, Card] = {}
 T = TypeVar("T")

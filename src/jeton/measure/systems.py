@@ -68,7 +68,10 @@ def _fields(card: Card) -> str:
         fields = [field for field in dataclasses.fields(card.object) if field.init]
         lines = [f"  {field.name} = {_default(field)}  ({field.type})" for field in fields]
     else:
-        asked = inspect.signature(card.object).parameters.values()
+        made = (
+            card.object.__init__ if isinstance(card.object, type) else card.object
+        )  # a base may have a __new__ that takes anything
+        asked = inspect.signature(made).parameters.values()
         lines = ["  " + str(one).replace("'", "") for one in asked if one.name != "self"]
     return "\n".join(lines) or "  none"
 
