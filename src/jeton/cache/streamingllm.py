@@ -84,6 +84,7 @@ class SinkLayer(DynamicLayer):
     source="arXiv:2309.17453",
     family="cache",
     stage="cache",
+    headline="stable perplexity to 4 million tokens, up to 22.2 times faster per token than recomputation",
 )
 @dataclass(frozen=True)
 class StreamingLLM:

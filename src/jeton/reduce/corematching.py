@@ -25,6 +25,7 @@ LAYERS = (Fraction(5, 32),)
     source="arXiv:2505.19235",
     family="vlm",
     stage="layer",
+    headline="5 times fewer FLOPs, 10 times faster on a Titan Xp",
 )
 @dataclass(frozen=True)
 class CoreMatching(Method):

@@ -24,6 +24,7 @@ KAPPA = Range(0.05, 16.0, log=True)  # per layer; at 16 the sigmoid is a step be
     source="arXiv:2412.00556",
     family="vlm",
     stage="layer",
+    headline="more than 2 times faster without loss of performance",
 )
 @dataclass(frozen=True)
 class GSearch(Method):

@@ -19,6 +19,7 @@ PARTS = ("block", "ffn", "attention", "parallel")
     source="arXiv:2405.16700",
     family="vlm",
     stage="rule",
+    headline="skipping blocks or MLPs for perceptual tokens saves much compute; one sub-network serves many tasks",
 )
 @dataclass(frozen=True)
 class IMA(Method):

@@ -37,6 +37,7 @@ THRESHOLDS = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.010)}
     source="arXiv:2411.10803",
     family="vlm",
     stage="layer",
+    headline="88.5 % fewer FLOPs at 92.2 % compression with comparable accuracy",
 )
 @dataclass(frozen=True)
 class MustDrop(Method):

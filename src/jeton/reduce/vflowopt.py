@@ -33,6 +33,7 @@ SLACK = 0.95  # a search leaves the last stage at least this much less than all 
     source="arXiv:2508.05211",
     family="vlm",
     stage="layer",
+    headline="about 90 % of performance with 10 % of the tokens, 3.8 times faster",
 )
 @dataclass(frozen=True)
 class VFlowOpt(Method):
