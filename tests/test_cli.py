@@ -35,7 +35,7 @@ def test_the_version_is_told():
 
 def test_methods_lists_every_method_as_json():
     rows = json.loads(run("methods", "--json").stdout)
-    assert [row["id"] for row in rows] == [card.id for card in jeton.methods()]
+    assert [row["id"] for row in rows] == [card.id for card in jeton.systems()]
     assert all(set(row) == {"id", "family", "stage", "title", "year", "source", "training_free"} for row in rows)
 
 

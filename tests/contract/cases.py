@@ -102,10 +102,9 @@ def claimed(case: Case) -> bool:
     needs = method.needs().values()
     if encoder.packed and not language:
         return False
-    leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not encoder.groups))
+    parts = method.parts()
+    leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)
     if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
-        return False
-    if encoder.packed and any(part.site in ("block", "pixels") for part in method.parts()):
         return False
     if method.site == "layer" and not language:
         return False

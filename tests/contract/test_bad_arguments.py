@@ -115,16 +115,19 @@ def test_a_prompt_whose_image_tokens_do_not_fit_its_images_is_refused(case: Case
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_a_mask_with_four_axes_is_refused_with_a_sentence(name: str) -> None:
+def test_a_mask_with_four_axes_is_cut_and_one_with_three_refused(name: str) -> None:
     net = tiny.model(name)
     inputs = tiny.prompts(net, tiny.one_image(net))
     length = inputs["input_ids"].shape[1]
-    ids = tiny.positions(net, inputs)
+    numbered = {**inputs, "position_ids": tiny.positions(net, inputs)}
     square = torch.zeros(1, 1, length, length).masked_fill(
         torch.ones(length, length).triu(1).bool(), torch.finfo(torch.float32).min
     )
-    with apply(net, "random", keep=0.3), pytest.raises(ValueError, match="2-D attention masks"):
-        tiny.run(net, {**inputs, "attention_mask": square, "position_ids": ids})
+    with apply(net, "random", keep=0.3):
+        right = tiny.run(net, numbered)
+        assert torch.allclose(tiny.run(net, {**numbered, "attention_mask": square}), right, atol=1e-5)
+        with pytest.raises(ValueError, match="an attention mask is"):
+            tiny.run(net, {**numbered, "attention_mask": square[0]})
 
 
 @pytest.mark.parametrize("name", LANGUAGE)

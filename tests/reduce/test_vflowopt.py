@@ -97,7 +97,7 @@ def test_losers_are_recycled_by_importance():
     step = entrance.reduce(tokens, {"attention": importance})
     assert step.index.tolist() == [[0, 2, 3, 4, 5, 6, 7]]
     assert step.mix(x)[0, 4, 0] == pytest.approx(3.0)  # (0.1 * 0 + 0.3 * 4) / 0.4
-    assert torch.equal(step.score, importance)
+    assert torch.equal(step.score, importance.gather(1, step.index))
 
 
 def test_entropy_is_weighed_by_a_softmax_over_the_picture():
@@ -105,7 +105,7 @@ def test_entropy_is_weighed_by_a_softmax_over_the_picture():
     attention, bits = torch.rand(1, n), torch.rand(1, n) * 8
     entrance = get("vflowopt", keep=4, alpha=-0.7, cell=2.0).parts()[0]
     step = entrance.reduce(Tokens(torch.randn(1, n, 2), place=Place.grid(1, 3, 3)), {"attention": attention, "entropy": bits})
-    torch.testing.assert_close(step.score, attention - 0.7 * bits.softmax(1))
+    torch.testing.assert_close(step.score, (attention - 0.7 * bits.softmax(1)).gather(1, step.index))
     assert get("vflowopt").needs() == {"attention": AnchorAttention(threshold=34.75955)}
     assert get("vflowopt", alpha=0.1, pixel_mean=(0.1,) * 3).needs()["entropy"] == PatchEntropy((0.1,) * 3)
 
@@ -129,15 +129,17 @@ def test_importance_is_that_of_the_models_own_map(name, attention):
     other, decided = tiny.model(name, attention), []
     with apply(other, Spy(get("vflowopt", keep=8, threshold=1.1), decided)):
         tiny.run(other, inputs)
-    score = decided[0].score[0]
+    score, index = decided[0].score[0], decided[0].index[0]
     prefix = adapt(net).encoder.prefix
     side = int((maps.shape[1] - prefix) ** 0.5)
     first = maps[0]  # the picture, or its thumbnail
     received = first.mean(0)
     anchors = received > 1.1 * received.mean()
     assert anchors.any() and not anchors.all()
-    assert (score[: side**2] - first[anchors].mean(0)[prefix:]).abs().max() < CLOSE
-    assert (score[: side**2] - received[prefix:]).abs().max() > 100 * CLOSE  # the twin: all rows
+    here = index < side**2
+    score, index = score[here], index[here]
+    assert len(score) and (score - first[anchors].mean(0)[prefix:][index]).abs().max() < CLOSE
+    assert (score - received[prefix:][index]).abs().max() > 100 * CLOSE  # the twin: all rows
 
 
 @pytest.mark.parametrize("name", [LLAVA, NEXT, QWEN, "LlavaForConditionalGeneration-siglip"])
@@ -149,7 +151,7 @@ def test_importance_is_carried_to_the_layers(name):
         tiny.run(net, inputs)
     entrance, *later = decided
     assert len(later) == 2 and int(later[-1].real.sum()) < int(entrance.real.sum())
-    score, real = entrance.score.gather(1, entrance.index), entrance.real
+    score, real = entrance.score, entrance.real
     for step in later:
         for row in range(len(score)):
             own = score[row][real[row]]

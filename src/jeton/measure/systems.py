@@ -172,8 +172,8 @@ def _about(measured: dict[str, Any] | None) -> str:
         return ""
     full = measured["rows"][0]
     return (
-        f"Accuracy is that of {measured['model']} on {measured['settings']['questions']} questions, {full['accuracy']:.3f} with all "
-        "tokens (benchmarks/results/compare.json); the authors' headlines are theirs, on their models and data."
+        f"Accuracy is that of {measured['model']} on {measured['settings']['questions']} questions, {full['accuracy']:.3f} "
+        "with all tokens (benchmarks/results/compare.json); the authors' headlines are theirs, on their models and data."
     )
 
 
