@@ -27,7 +27,7 @@ from torch import nn
 import jeton
 from jeton.engine import apply, watch
 from jeton.engine.run import Run
-from jeton.method import Method, methods
+from jeton.method import Method, reducers
 from jeton.models import VisionLanguage, adapt
 
 IMAGE = 7
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llava-qwen2-0.5b"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--keep", nargs="+", type=budget, default=[0.5, 0.25, 0.1])
-    parser.add_argument("--method", nargs="+", help="ids; all if not given")
+    parser.add_argument("--method", nargs="+", help="ids or specs; all if not given")
     parser.add_argument("--text", type=int, default=64, help="text tokens in a prompt")
     parser.add_argument("--answer", type=int, default=9, help="tokens generated to time decoding")
     parser.add_argument("--rounds", type=int, default=5)
@@ -293,8 +293,8 @@ def main() -> None:
     rows: list[Row] = []
     for shape in asked.shape:
         net = built(SHAPES[shape], device, dtype)
-        cards = [card for card in methods() if asked.method is None or card.id in asked.method]
-        chosen = [(method, keep) for card in cards for keep in asked.keep if works(net, method := jeton.get(card.id, keep=keep))]
+        names = [card.id for card in reducers()] if asked.method is None else asked.method
+        chosen = [(method, keep) for name in names for keep in asked.keep if works(net, method := jeton.get(name, keep=keep))]
         for batch in asked.batch:
             bench = Bench(shape, net, prompt(net, batch, asked.text, device, dtype), asked.answer, asked.rounds)
             here = [bench.measure(method, keep) for method, keep in chosen]

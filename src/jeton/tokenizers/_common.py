@@ -5,6 +5,8 @@ Letters: P patches of a picture (a grid, row by row), K latent tokens, k of them
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,14 +18,14 @@ def transformer(width: int, depth: int, heads: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
 
 
-def start(module: nn.Module) -> None:
-    """For `apply`: weights from a normal of std 0.02 cut at two of these, biases 0, norms 1."""
+def start(module: nn.Module, std: float = 0.02) -> None:
+    """For `apply`: weights from a normal of this deviation cut at two of it, biases 0, norms 1."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.MultiheadAttention):
-        nn.init.trunc_normal_(module.in_proj_weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.trunc_normal_(module.in_proj_weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(module.in_proj_bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
@@ -50,6 +52,7 @@ class LatentEncoder(nn.Module):
         channels: int = 3,
         causal: bool = False,
         legacy_reshape: bool = False,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         patches = (image_size // patch_size) ** 2
@@ -61,7 +64,7 @@ class LatentEncoder(nn.Module):
         self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = transformer(width, depth, heads)
         self.down = nn.Linear(width, out)
-        self.apply(start)
+        self.apply(functools.partial(start, std=init_std))
         hidden = torch.zeros(patches + 1 + tokens, patches + 1 + tokens, dtype=torch.bool)
         if causal:
             hidden[:, patches + 1 :] = True
@@ -84,7 +87,16 @@ class MaskTokenDecoder(nn.Module):
     mask tokens are kept and pass Linear-Tanh-Linear. The learned positions of the codes are those of the first k of K."""
 
     def __init__(
-        self, image_size: int, patch_size: int, tokens: int, width: int, depth: int, heads: int, code_dim: int, out: int
+        self,
+        image_size: int,
+        patch_size: int,
+        tokens: int,
+        width: int,
+        depth: int,
+        heads: int,
+        code_dim: int,
+        out: int,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.patches = (image_size // patch_size) ** 2
@@ -96,7 +108,7 @@ class MaskTokenDecoder(nn.Module):
         self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = transformer(width, depth, heads)
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, out))
-        self.apply(start)
+        self.apply(functools.partial(start, std=init_std))
 
     def forward(self, codes: Tensor, length: Tensor | None = None) -> Tensor:
         """`length` (B,) says how many of the k codes each row has; those behind are not seen."""

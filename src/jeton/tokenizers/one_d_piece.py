@@ -63,7 +63,8 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
     are the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H)
     in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. `legacy_reshape` is for weights of the released code, which
     reads the encoder's (B, K, D) as channels without transposing and so mixes neighbouring latents; by default token k is latent
-    k. Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
+    k. `init_std` of the weights is the paper's, for its widths; narrow models need more (about width ** -0.5), or the decoder does not
+    hear the codes for a long time. Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
     the paper's MaskGIT on them, in 8 steps.
     """
 
@@ -84,6 +85,7 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         channels: int = 3,
         drop: str | None = "batch",
         legacy_reshape: bool = False,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -96,9 +98,9 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         self.quantizer: Quantizer = CosineVQ(code_dim, codebook_size, beta) if levels is None else FSQ(levels)
         d, out = self.quantizer.dim, target_codes if target == "codes" else channels * patch_size**2
         self.encoder = LatentEncoder(
-            image_size, patch_size, tokens, width, depth, heads, d, channels, legacy_reshape=legacy_reshape
+            image_size, patch_size, tokens, width, depth, heads, d, channels, legacy_reshape=legacy_reshape, init_std=init_std
         )
-        self.decoder = MaskTokenDecoder(image_size, patch_size, tokens, width, depth, heads, d, out)
+        self.decoder = MaskTokenDecoder(image_size, patch_size, tokens, width, depth, heads, d, out, init_std)
         self.pixel_codes: PixelCodes | None = None
 
     @classmethod
