@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -22,6 +23,14 @@ from rich.table import Table
 from jeton.measure.machine import describe
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """What every benchmark is told in the same way."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results if not given")
 
 
 @dataclass(frozen=True)

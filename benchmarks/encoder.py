@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
-from common import Spread, budget, built, interleave, megabytes, milliseconds, peak_memory, seconds, table, write
+from common import Spread, budget, built, interleave, megabytes, milliseconds, options, peak_memory, seconds, table, write
 from torch import Tensor, nn
 
 import jeton
@@ -139,10 +138,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--keep", nargs="+", type=budget, default=[0.75, 0.5, 0.25])
     parser.add_argument("--method", nargs="+", help="ids; all that act in or behind an encoder if not given")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results if not given")
+    options(parser, rounds=9)
     asked = parser.parse_args()
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
     rows: list[Row] = []

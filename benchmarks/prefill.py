@@ -16,12 +16,11 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import Spread, budget, built, interleave, megabytes, milliseconds, peak_memory, seconds, table, write
+from common import Spread, budget, built, interleave, megabytes, milliseconds, options, peak_memory, seconds, table, write
 from torch import nn
 
 import jeton
@@ -284,10 +283,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", help="ids or specs; all if not given")
     parser.add_argument("--text", type=int, default=64, help="text tokens in a prompt")
     parser.add_argument("--answer", type=int, default=9, help="tokens generated to time decoding")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results if not given")
+    options(parser, rounds=5)
     asked = parser.parse_args()
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
     rows: list[Row] = []

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from jeton.method import Method, Need, Promise, get
+from jeton.method import Method, Promise, get
 from jeton.models import adapt
+from jeton.needs import Need
 from jeton.tokens import Reduction, Tokens
 
 

@@ -12,8 +12,9 @@ import pytest
 from torch import nn
 
 import tiny
-from jeton.method import ClassAttention, LastAttention, Method, get, reducers
+from jeton.method import Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
+from jeton.needs import ClassAttention, LastAttention
 
 # fields with which decoding runs as recomputation without a cache does; their own decoding has tests of its own in tests/reduce
 AS_RECOMPUTED: dict[str, dict[str, Any]] = {"mustdrop": {"shrink": False}, "corematching": {"neurons": 1.0}}

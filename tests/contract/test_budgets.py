@@ -29,8 +29,9 @@ from witness import Replay, Seen, spied, watching
 import tiny
 from jeton.engine import apply, watch
 from jeton.engine.run import Run
-from jeton.method import Method, Need, Unsupported, reducers
+from jeton.method import Method, Unsupported, reducers
 from jeton.models import Encoder, VisionLanguage
+from jeton.needs import Need
 
 BUDGETS = (0.3, 0.5, 7)
 

@@ -9,8 +9,9 @@ from witness import Listening
 
 import tiny
 from jeton.engine import apply, watch
-from jeton.method import ClassAttention, Keys, LastAttention, Method, Need, ReceivedAttention
+from jeton.method import Method
 from jeton.models import VisionLanguage
+from jeton.needs import ClassAttention, Keys, LastAttention, Need, ReceivedAttention
 
 
 @both_attentions

@@ -10,7 +10,7 @@ from witness import Listening
 
 import tiny
 from jeton.engine import apply
-from jeton.method import ClassAttention, Keys, LastAttention, Need, ReceivedAttention
+from jeton.needs import ClassAttention, Keys, LastAttention, Need, ReceivedAttention
 
 WITH_CLASS = ["CLIPVisionModel", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel"]
 WITHOUT = ["SiglipVisionModel"]

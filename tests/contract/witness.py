@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jeton.method import Method, Need, Promise, Rule, get
+from jeton.method import Method, Promise, get
 from jeton.models import VisionLanguage, adapt
+from jeton.needs import Need, Rule
 from jeton.tokens import Reduction, Tokens
 
 # -- what went through -------------------------------------------------------------------------------------------------

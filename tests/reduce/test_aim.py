@@ -11,8 +11,9 @@ from witness import spied, watching
 import tiny
 from in_layers import Looking, images
 from jeton.engine import apply
-from jeton.method import PageRank, get
+from jeton.method import get
 from jeton.models import adapt
+from jeton.needs import PageRank
 from jeton.place import Place
 from jeton.tokens import Tokens
 

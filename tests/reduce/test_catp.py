@@ -13,7 +13,8 @@ from witness import Listening, kept, spied, watching
 import tiny
 from in_layers import Looking, eager, images
 from jeton.engine import apply
-from jeton.method import LastAttention, PairedText, PromptNumber, get
+from jeton.method import get
+from jeton.needs import LastAttention, PairedText, PromptNumber
 from jeton.ops.selection import top_k
 from jeton.ops.similarity import cosine
 from jeton.tokens import Tokens

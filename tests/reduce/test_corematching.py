@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from references import CLOSE, difference, generated, view_of
@@ -10,9 +11,13 @@ from witness import Replay, Spy, snapshot, spied
 
 import jeton
 import tiny
+from jeton.demo import examples, prompt
+from jeton.demo.data import make_scene
+from jeton.demo.questions import KINDS, ask
 from jeton.engine import apply
 from jeton.engine.rules import Core
 from jeton.method import get
+from jeton.ops.neurons import overlap, positive
 from jeton.tokens import Tokens
 
 LLAVA = "LlavaForConditionalGeneration"
@@ -245,3 +250,42 @@ def test_weights_that_cannot_be_sliced_are_refused_and_nothing_remains():
         tiny.run(net, tiny.inputs_for(net))
     view_of(net).layers[1].mlp.up_proj = plain
     assert snapshot(net) == before
+
+
+# -- behaviour on the embedded model ---------------------------------------------------------------------------------------
+
+
+def asked_boxes():
+    """For every scene and question of the held-out set the box of the digit it is about, from the scenes drawn once more."""
+    rng, found = np.random.default_rng(examples._SEED), {}
+    for number in range(200):
+        scene = make_scene(rng, "held-out")
+        questions = ask(scene.digits)
+        found |= {(number, question.text): scene.digits[question.digit].box for question in questions}
+        for kind in KINDS:
+            choices = [question for question in questions if question.kind == kind]
+            if choices:
+                rng.integers(len(choices))
+    return found
+
+
+def test_patches_of_the_digit_asked_about_share_neurons_with_the_last_token():
+    """On the scenes of odd number; layer and reference token were chosen on the others."""
+    demo, boxes, seen = jeton.load_demo(), asked_boxes(), {}
+    layer = demo.model.model.language_model.layers[1]
+    handle = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.update(gated=args[0]))
+    above = []
+    for each in demo.examples:
+        if each.kind not in ("digit", "colour") or each.scene % 2 == 0:
+            continue
+        inputs = demo.processor(images=each.image, text=prompt(each.question), return_tensors="pt")
+        with torch.no_grad():
+            demo.model(**inputs)
+        active = positive(seen["gated"], 1.0)
+        score = overlap(active[:, inputs["input_ids"][0] == demo.model.config.image_token_id], active[:, -1])[0]
+        left, top, right, bottom = boxes[each.scene, each.question]
+        middle = torch.arange(12) * 7 + 3.5
+        inside = ((middle > top) & (middle < bottom))[:, None] & ((middle > left) & (middle < right))[None]
+        above.append(bool(score[inside.flatten()].max() > score.median()))
+    handle.remove()
+    assert len(above) == 196 and sum(above) / len(above) >= 0.9

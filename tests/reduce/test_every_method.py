@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from jeton.method import TextAttention, get, reducers
+from jeton.method import get, reducers
+from jeton.needs import TextAttention
 from jeton.place import Place
 from jeton.registry import Card
 from jeton.tokens import Tokens

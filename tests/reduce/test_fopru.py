@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jeton.method import ClassAttention, ReceivedAttention, get
+from jeton.method import get
+from jeton.needs import ClassAttention, ReceivedAttention
 from jeton.place import Place
 from jeton.tokens import Tokens
 

@@ -14,7 +14,8 @@ from in_layers import Looking, eager, images
 from jeton.calibration import Study
 from jeton.engine import apply
 from jeton.measure.tune import tune
-from jeton.method import LastAttention, TextAttention, get
+from jeton.method import get
+from jeton.needs import LastAttention, TextAttention
 
 LLAVA = "LlavaForConditionalGeneration"
 CLOSE = 1e-5

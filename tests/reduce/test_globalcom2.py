@@ -9,8 +9,9 @@ from torch.nn import functional as F
 import tiny
 from jeton.engine import apply
 from jeton.layout import Album
-from jeton.method import ClassAttention, ReceivedAttention, get
+from jeton.method import get
 from jeton.models import adapt
+from jeton.needs import ClassAttention, ReceivedAttention
 from jeton.ops.crops import block_sums, enlarged
 from jeton.place import Place
 from jeton.reduce.globalcom2 import crop_ratios

@@ -190,7 +190,7 @@ def test_thresholds_of_zero_change_no_bit_and_infinite_ones_leave_the_key_set():
 def test_the_text_signals_are_those_of_the_eager_map():
     """Sum and largest over the text behind each image, in a padded batch with two images in a prompt."""
     from in_layers import Looking, eager, images
-    from jeton.method import TextAttention
+    from jeton.needs import TextAttention
 
     net = tiny.model(LLAVA, "eager")
     inputs = tiny.inputs_for(net)

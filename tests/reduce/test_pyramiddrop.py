@@ -8,8 +8,9 @@ import torch
 import tiny
 from in_layers import Looking, eager, images
 from jeton.engine import apply
-from jeton.method import LastAttention, get
+from jeton.method import get
 from jeton.models import adapt
+from jeton.needs import LastAttention
 from jeton.tokens import Tokens
 
 CLOSE = 1e-5

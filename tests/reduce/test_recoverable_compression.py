@@ -12,7 +12,8 @@ from witness import spied
 import jeton
 import tiny
 from jeton.engine import apply
-from jeton.method import ClassAttention, Keys, TextSimilarity, get
+from jeton.method import get
+from jeton.needs import ClassAttention, Keys, TextSimilarity
 from jeton.tokens import Tokens
 
 LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"

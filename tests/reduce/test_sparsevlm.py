@@ -9,7 +9,8 @@ import tiny
 from by_hand import dpc_knn as by_hand
 from in_layers import Looking, eager, images
 from jeton.engine import apply
-from jeton.method import TextAttention, get
+from jeton.method import get
+from jeton.needs import TextAttention
 from jeton.tokens import Tokens
 
 CLOSE = 1e-5

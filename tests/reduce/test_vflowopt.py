@@ -9,8 +9,9 @@ from witness import Spy
 import tiny
 from jeton.calibration import Study
 from jeton.engine import apply
-from jeton.method import AnchorAttention, PatchEntropy, get
+from jeton.method import get
 from jeton.models import adapt
+from jeton.needs import AnchorAttention, PatchEntropy
 from jeton.ops.crops import cropped
 from jeton.ops.grid import squares
 from jeton.ops.pixels import entropy

@@ -11,7 +11,8 @@ from witness import spied
 import tiny
 from in_layers import Looking, eager, images
 from jeton.engine import apply
-from jeton.method import LayerKeys, VisualAttention, get
+from jeton.method import get
+from jeton.needs import LayerKeys, VisualAttention
 from jeton.ops.anchors import share
 from jeton.tokens import Tokens
 

@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from jeton.engine import apply
-from jeton.method import ClassAttention, Unsupported, get
+from jeton.method import Unsupported, get
+from jeton.needs import ClassAttention
 from jeton.tokens import Reduction, Tokens
 
 ROWS = {"attention": torch.tensor([[0.1, 0.3, 0.6]]), "attention-2": torch.tensor([[0.5, 0.3, 0.2]])}

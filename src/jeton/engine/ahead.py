@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import LastAttention, LayerKeys, Need, VisualAttention
+from ..needs import LastAttention, LayerKeys, Need, VisualAttention
 from ..ops import attention
 from ..tokens import gather
 from .flow import Flow

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Album
-from ..method import (
+from ..method import Method
+from ..models import Encoder
+from ..needs import (
     AnchorAttention,
     ClassAttention,
     ClassSimilarity,
     Keys,
     MeanAttention,
-    Method,
     Need,
     PatchEntropy,
     PixelVariance,
@@ -29,7 +30,6 @@ from ..method import (
     TextSimilarity,
     Values,
 )
-from ..models import Encoder
 from ..ops import attention, pixels
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import Method, Need, PairedText, PromptNumber
+from ..method import Method
+from ..needs import Need, PairedText, PromptNumber
 from ..tokens import gather
 from .flow import Flow, Memory, whole
 from .gallery import Gallery

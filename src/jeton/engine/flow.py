@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Album, Layout, Rows
-from ..method import Need
+from ..needs import Need
 from ..tokens import Entries, Reduction
 
 

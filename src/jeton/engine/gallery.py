@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Album, Layout, Rows, read_layout
-from ..method import Given, Need
+from ..needs import Given, Need
 from ..tokens import Reduction
 from .flow import Flow, Scene, Step
 from .groups import Groups

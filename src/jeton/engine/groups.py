@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..method import Method, Need, PixelVariance, Unsupported
+from ..method import Method, Unsupported
+from ..needs import Need, PixelVariance
 from ..ops.pixels import variance
 from ..tokens import Tokens
 from .prompt import Prompt, padded

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import (
+from ..method import Method
+from ..needs import (
     Entered,
     LastAttention,
     LastSimilarity,
     LayerValues,
-    Method,
     Need,
     NeuronCounts,
     Neurons,

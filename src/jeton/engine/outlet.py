@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Rows
-from ..method import Method, Need
+from ..method import Method
+from ..needs import Need
 from ..tokens import Tokens, gather
 from .flow import Step
 from .prompt import in_front

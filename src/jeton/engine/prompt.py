@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import Carried, Method, Need
+from ..method import Method
 from ..models import VisionLanguage
+from ..needs import Carried, Need
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
 from .flow import Cut, Flow, Memory, Rows, Scene, Step

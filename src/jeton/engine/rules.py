@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..method import CoreNeurons, Method, Skip, Unsupported
+from ..method import Method, Unsupported
 from ..models import Parts
 from ..models.base import Gated
+from ..needs import CoreNeurons, Skip
 from ..ops import neurons
 from ..ops.flops import block_flops
 from .flow import Flow

@@ -9,21 +9,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..method import (
+from ..method import Method, Unsupported, get
+from ..models import Encoder, VisionLanguage, adapt
+from ..needs import (
     IN_ENCODER,
     ClassAttention,
     ClassSimilarity,
     Given,
     LastAttention,
     LastSimilarity,
-    Method,
     Need,
     PairedText,
     TextSimilarity,
-    Unsupported,
-    get,
 )
-from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
 from .cache import CacheSite
 from .clock import Clock

@@ -26,7 +26,8 @@ def cropped(place: Place, sizes: Tensor) -> Tensor:
         return torch.zeros_like(sizes[:, :1], dtype=torch.bool)
     rows, cols = crop_grid(place)
     pictures = (sizes > 0).sum(1, keepdim=True)
-    return (pictures > 1) & ((rows * cols > 1) | ((rows * cols == 1) & (pictures == 2)))
+    crops = (pictures > 1) & ((rows * cols > 1) | ((rows * cols == 1) & (pictures == 2)))
+    return crops if place.time is None else crops & (place.time.amax(1, keepdim=True) <= 0)
 
 
 def block_sums(score: Tensor, place: Place, mask: Tensor | None = None) -> Tensor:

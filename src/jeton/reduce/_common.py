@@ -10,7 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..method import ClassAttention, Method, Need, ReceivedAttention, Signals, check_keep
+from ..method import Method, Signals, check_keep
+from ..needs import ClassAttention, Need, ReceivedAttention
 from ..ops import matching
 from ..ops.budget import count, counts
 from ..ops.selection import best_of_units, pack, top_k

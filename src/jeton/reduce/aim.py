@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Need, PageRank, Promise, Signals, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import Need, PageRank
 from ..ops.budget import allocate, count, counts, unit_sizes
 from ..ops.matching import by_parity_in_units, halvings
 from ..ops.merging import merge

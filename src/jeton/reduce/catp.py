@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import LastAttention, Method, Need, PairedText, Promise, PromptNumber, Signals, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import LastAttention, Need, PairedText, PromptNumber
 from ..ops.budget import allocate, count, counts
 from ..ops.selection import best_of_units, facility_location, pack
 from ..ops.similarity import cosine, normalise

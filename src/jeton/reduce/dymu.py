@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Keys, Need
 from ..ops.budget import evenly, linearly
 from ..ops.matching import Pairs, merge_pairs
 from ..ops.ranking import rank

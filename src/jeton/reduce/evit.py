@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Need
 from ..ops.budget import geometrically
 from ..ops.merging import merge
 from ..ops.ranking import rank

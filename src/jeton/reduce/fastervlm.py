@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Need
 from ..ops.selection import top_k
 from ..tokens import Reduction, Tokens
 from ._common import attention, check_per, check_score, score_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import Budget, LastAttention, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import LastAttention, Need
 from ..ops.selection import top_k
 from ..tokens import Reduction, Tokens
 from ._common import score_of

@@ -7,22 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..method import (
-    Budget,
-    ClassAttention,
-    ClassSimilarity,
-    LastAttention,
-    LastSimilarity,
-    LayerValues,
-    MeanAttention,
-    Method,
-    Need,
-    Promise,
-    Signals,
-    Values,
-    check_keep,
-    register,
-)
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, ClassSimilarity, LastAttention, LastSimilarity, LayerValues, MeanAttention, Need, Values
 from ..ops.budget import count
 from ..ops.entropy import entropy_count
 from ..ops.ranking import rank

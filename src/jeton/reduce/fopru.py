@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Need
 from ..ops.budget import count, counts, split, unit_sizes
 from ..ops.lines import best_of_lines
 from ..ops.outliers import outliers

@@ -8,7 +8,8 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..calibration import Study
-from ..method import LastAttention, Method, Need, Promise, Signals, TextAttention, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import LastAttention, Need, TextAttention
 from ..ops.budget import count
 from ..ops.schedule import falling, fitted, middle_of, whole_counts
 from ..ops.search import Point, Range, least

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, ClassAttention, Method, Need, Promise, ReceivedAttention, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, Need, ReceivedAttention
 from ..ops.budget import allocate, count, counts, split, unit_sizes
 from ..ops.crops import block_sums, crop_grid, cropped, enlarged
 from ..ops.selection import best_of_units, pack, top_k

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, ClassAttention, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, Need
 from ..ops.budget import allocate, count, counts, split, unit_sizes
+from ..ops.crops import crop_grid, cropped
 from ..ops.selection import best_of_units, pack, top_k
 from ..place import Place
 from ..tokens import Reduction, Tokens
@@ -63,7 +65,7 @@ class HiRED(Method):
         if place.crop_rows is not None:
             salient = self._salient(score_of(signals, "early", "hired"), place, sizes, mask)
             crops = self._shared(total, sizes, unit_sizes(self._region(place), place.units, salient))
-            quota = torch.where(self._cropped(place, sizes), crops, quota)
+            quota = torch.where(cropped(place, sizes), crops, quota)
         chosen = best_of_units(late, place.unit, quota, mask)
         return pack(chosen, count(self.keep, len(tokens)), ragged=mask is not None or not self.redistribute)
 
@@ -76,15 +78,9 @@ class HiRED(Method):
         share[:, 0] = _floor(sizes[:, 0] * (1 - self.alpha))
         return best_of_units(early, place.unit, share, mask)
 
-    def _cropped(self, place: Place, sizes: Tensor) -> Tensor:
-        """(B, 1) true where a row is a thumbnail and its crops, not a single picture or frames (whose crop grid is 1 x 1)."""
-        rows, cols = _crop_grid(place)
-        pictures = (sizes > 0).sum(1, keepdim=True)
-        return (pictures > 1) & ((rows * cols > 1) | ((rows * cols == 1) & (pictures == 2)))
-
     def _region(self, place: Place) -> Tensor:
         """(B, N) for each thumbnail token the unit of the crop it lies in; crop (r, c) is unit 1 + r C + c."""
-        rows, cols = _crop_grid(place)
+        rows, cols = crop_grid(place)
         height, width = place.height.clamp(min=1), place.width.clamp(min=1)  # padding may have none
         if self.reference_strips:
             region = (place.row * width + place.col) * (rows * cols) // (height * width)
@@ -104,12 +100,6 @@ class HiRED(Method):
             rest = torch.minimum(total - thumbnail, caps.sum(1))[:, None]
             crops = (weight * rest // weight.sum(1, keepdim=True).clamp(min=1)).minimum(caps)
         return torch.cat([thumbnail[:, None], crops[:, 1:]], 1)
-
-
-def _crop_grid(place: Place) -> tuple[Tensor, Tensor]:
-    """(B, 1) rows and columns of the crops."""
-    assert place.crop_rows is not None and place.crop_cols is not None
-    return place.crop_rows.amax(1, keepdim=True), place.crop_cols.amax(1, keepdim=True)
 
 
 def _floor(x: Tensor) -> Tensor:

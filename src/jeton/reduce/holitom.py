@@ -8,7 +8,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..method import LastAttention, Method, Need, Promise, ReceivedAttention, Signals, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import LastAttention, Need, ReceivedAttention
 from ..ops.budget import count, counts, split, unit_sizes
 from ..ops.clustering import dpc_knn
 from ..ops.grid import lookup

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import WHO, Method, Promise, Rule, Signals, Skip, register
+from ..method import Method, Promise, Signals, register
+from ..needs import WHO, Rule, Skip
 from ..tokens import Reduction, Tokens
 
 PARTS = ("block", "ffn", "attention", "parallel")

@@ -9,16 +9,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..method import (
-    Entered,
-    Method,
-    Need,
-    Promise,
-    Signals,
-    TextAttention,
-    check_keep,
-    register,
-)
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import Entered, Need, TextAttention
 from ..ops.budget import count
 from ..ops.merging import merge
 from ..ops.selection import best_of_units, pack

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Keys, Need
 from ..ops import matching
 from ..ops.budget import count, geometrically
 from ..tokens import Reduction, Tokens

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..method import Budget, Method, Need, PixelVariance, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Need, PixelVariance
 from ..ops.budget import count
 from ..ops.ranking import rank
 from ..ops.selection import pack, top_k

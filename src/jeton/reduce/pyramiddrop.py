@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from ..method import Budget, LastAttention, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import LastAttention, Need
 from ..ops.budget import count, geometrically
 from ..tokens import Reduction, Tokens
 from ._common import best, check_layers, score_of, stages

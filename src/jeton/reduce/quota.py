@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..method import Budget, Given, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Given, Need
 from ..ops import resize
 from ..ops.budget import allocate, count, counts, proportional, unit_sizes
 from ..ops.grid import boxes
@@ -50,6 +51,10 @@ class Quota(Method):
     unused; the default is the paper's 64 frames' worth of 96. If no share comes to one token, the largest get one each. Merged
     tokens count by their size over all rounds, while the release forgets sizes after each; separable merging keeps columns in
     their order, which the release gives up.
+
+    A single picture has no frames to share between and is only resized: on the embedded model 25 % then answer 0.42 of 600
+    questions, random 0.66. On clips in which one frame of eight shows what is asked for, given scores beat equal shares with
+    every form of resizing (see the tests).
     """
 
     site = "entry"

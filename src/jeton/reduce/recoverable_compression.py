@@ -7,19 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import (
-    Budget,
-    ClassAttention,
-    Keys,
-    Method,
-    Need,
-    Promise,
-    Signals,
-    TextSimilarity,
-    TextTower,
-    check_keep,
-    register,
-)
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, Keys, Need, TextSimilarity, TextTower
 from ..ops.budget import allocate, count, counts
 from ..ops.outliers import local_outliers
 from ..ops.selection import best_of_units, pack

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method import Budget, Method, Need, Promise, Signals, TextAttention, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Need, TextAttention
 from ..ops.budget import count
 from ..ops.clustering import dpc_knn
 from ..ops.merging import merge

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, ClassAttention, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, Keys, Need
 from ..ops.budget import allocate, count, counts, unit_sizes
 from ..ops.crops import cropped
 from ..ops.merging import mean_weight, merge

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Keys, Need
 from ..ops import matching
 from ..ops.budget import evenly
 from ..tokens import Reduction, Tokens

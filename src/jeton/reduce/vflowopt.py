@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..calibration import Study
-from ..method import AnchorAttention, Carried, Method, Need, PatchEntropy, Promise, Signals, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import AnchorAttention, Carried, Need, PatchEntropy
 from ..ops.budget import count, unit_sizes
 from ..ops.crops import cropped
 from ..ops.grid import squares

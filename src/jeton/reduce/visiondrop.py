@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..method import Keys, LayerKeys, Method, Need, Promise, Signals, VisualAttention, check_keep, register
+from ..method import Method, Promise, Signals, check_keep, register
+from ..needs import Keys, LayerKeys, Need, VisualAttention
 from ..ops import anchors
 from ..ops.budget import count, counts
 from ..tokens import Reduction, Tokens

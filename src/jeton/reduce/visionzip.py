@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, Keys, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import Keys, Need
 from ..ops.anchors import dominant_and_contextual, most_seats, share
 from ..ops.budget import count, counts
 from ..tokens import Reduction, Tokens

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..method import Budget, ClassAttention, Method, Need, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..needs import ClassAttention, Need
 from ..ops.selection import top_k
 from ..tokens import Reduction, Tokens
 from ._common import check_per, score_of

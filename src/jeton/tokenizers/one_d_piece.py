@@ -63,8 +63,10 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
     are the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H)
     in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. `legacy_reshape` is for weights of the released code, which
     reads the encoder's (B, K, D) as channels without transposing and so mixes neighbouring latents; by default token k is latent
-    k. `init_std` of the weights is the paper's, for its widths; narrow models need more (about width ** -0.5), or the decoder does not
-    hear the codes for a long time. Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
+    k. `init_std` of the weights is the paper's, for its widths; narrow models need more (about width ** -0.5), or the decoder
+    does not hear the codes for a long time.
+
+    Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
     the paper's MaskGIT on them, in 8 steps.
     """
 
