@@ -12,6 +12,7 @@ from jeton.method import find, get
 
 @pytest.fixture
 def a_loss(monkeypatch):
+    registry.systems()  # all files are read, so that none is read into the copy
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @registry.register(title="A loss", year=2020, source="nowhere", family="objective", stage="training", id="some-loss")
