@@ -20,7 +20,9 @@ ROOMS = (
     "generate",
     "backbones",
     "objectives",
+    "prompts",
     "merging",
+    "perception",
     "measure",
 )
 
