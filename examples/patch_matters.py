@@ -4,6 +4,8 @@ With real models: VisionLanguageCaptioner(model, processor), ZeroShotDetector(mo
 processor) and ChatModel(model, tokenizer) from the same module.
 """
 
+import re
+
 from PIL import Image
 from skimage.data import chelsea
 
@@ -38,7 +40,8 @@ def language_model(chats, temperature):
             alone = [f'- "{text}" ({at})' for at, text in enumerate(texts, 1) if texts.count(text) == 1]
             answers.append("\n".join(["SAME", *same, "CONTRADICTORY", "UNIQUE", *alone]))
         else:
-            answers.append("; ".join(line.lstrip("- ") for line in task.splitlines()))
+            said = [re.sub(r"^(- |Picture: |Main part: |Region .: )", "", line) for line in task.splitlines()]
+            answers.append("; ".join(dict.fromkeys(said)))
     return answers
 
 

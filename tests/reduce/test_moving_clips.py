@@ -42,7 +42,7 @@ def test_dymu_merges_each_frame_by_what_it_shows_and_looks_at_no_other():
     frames[3] = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     method = get("dymu", thresholds=(0.95,) * 8)
     counts = left(method, frames)
-    assert len({counts[0], counts[2], counts[3]}) == 3  # which way, an untrained encoder does not know
+    assert not {*counts[:2]} & {*counts[2:]}  # which way, an untrained encoder does not know
     assert left(method, frames.flip(0)) == counts[::-1]
     other = frames.clone()
     other[3] = frames[0]
