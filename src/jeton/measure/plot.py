@@ -21,7 +21,8 @@ _COLOURS = (
 _MARKERS = "osD^v"
 _GREY, _BLACK = "#8a9099", "#222222"
 _ASIDE = 1.012  # factor between the places of two methods of the same budget
-_GAP = 0.045  # smallest distance between labels, as a share of the plot's height
+_GAP = 0.045  # smallest distance between labels, as a share of the height of a plot of usual size
+_HEIGHT, _ROOM = 5.4, 20  # inches of a plot of usual size, and how many lines it names; more lines make it higher
 _STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "jeton"}
 
 
@@ -29,10 +30,12 @@ def accuracy_plot(rows: Sequence[Row], against: Against = "tokens") -> str:
     """SVG text: what is spent on a logarithmic axis, less to the right; controls grey and dashed; lines named at their ends."""
     full, done = rows[0], [row for row in rows[1:] if row.reason is None]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        lines = _lines(done)
+        more = max(1.0, len(lines) / _ROOM)
+        figure = Figure(figsize=(9.6, _HEIGHT * more), layout="constrained")
         axes = figure.add_subplot()
         _frame(axes, full, done, against)
-        _labels(axes, [_draw(axes, number, line, against) for number, line in enumerate(_lines(done))])
+        _labels(axes, [_draw(axes, number, line, against, len(lines)) for number, line in enumerate(lines)], _GAP / more)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = text.getvalue()
@@ -80,12 +83,12 @@ def _spaced(ticks: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _draw(axes: Axes, number: int, line: Sequence[Row], against: Against) -> tuple[Row, str, float]:
+def _draw(axes: Axes, number: int, line: Sequence[Row], against: Against, lines: int) -> tuple[Row, str, float]:
     """One method's line with its intervals, set a little aside from its neighbours'; its last row, colour, and where it ends."""
     control = line[0].control
     colour = _GREY if control else _COLOURS[number % len(_COLOURS)]
     marker = _MARKERS[(number if control else number // len(_COLOURS)) % len(_MARKERS)]
-    aside = _ASIDE ** (number - 6) if against == "tokens" else 1
+    aside = _ASIDE ** ((number - lines / 2) * min(1, _ROOM / lines)) if against == "tokens" else 1
     x = [_spent(row, against) * aside for row in line]
     y = [row.accuracy or 0 for row in line]
     below = [middle - (row.low or 0) for middle, row in zip(y, line, strict=True)]
@@ -96,11 +99,11 @@ def _draw(axes: Axes, number: int, line: Sequence[Row], against: Against) -> tup
     return line[-1], colour, x[-1]
 
 
-def _labels(axes: Axes, ends: Sequence[tuple[Row, str, float]]) -> None:
+def _labels(axes: Axes, ends: Sequence[tuple[Row, str, float]], gap: float) -> None:
     """Names right of the plot, pushed apart until none overlaps, each joined to the end of its line."""
     low, high = axes.get_ylim()
     order = sorted(ends, key=lambda end: end[0].accuracy or 0)
-    heights = _apart([((row.accuracy or 0) - low) / (high - low) for row, *_ in order])
+    heights = _apart([((row.accuracy or 0) - low) / (high - low) for row, *_ in order], gap)
     for (row, colour, x), height in zip(order, heights, strict=True):
         leader = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 4}
         axes.annotate(
@@ -116,11 +119,11 @@ def _labels(axes: Axes, ends: Sequence[tuple[Row, str, float]]) -> None:
         )
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
+def _apart(heights: Sequence[float], gap: float = _GAP) -> list[float]:
     """Ascending heights moved until neighbours keep their distance: half way between pushing all up and pushing all down."""
     up, down = list(heights), list(heights)
     for i in range(1, len(heights)):
-        up[i] = max(up[i], up[i - 1] + _GAP)
+        up[i] = max(up[i], up[i - 1] + gap)
     for i in range(len(heights) - 2, -1, -1):
-        down[i] = min(down[i], down[i + 1] - _GAP)
+        down[i] = min(down[i], down[i + 1] - gap)
     return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
