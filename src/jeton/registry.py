@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # the rooms that hold systems; where a room holds other things too, its SYSTEMS names the files to look into
-ROOMS = ("reduce", "backbones", "decode", "objectives")
+ROOMS = ("reduce", "backbones", "bridge", "decode", "objectives")
 
 _REGISTRY: dict[str, Card] = {}
 T = TypeVar("T")
