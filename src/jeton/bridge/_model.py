@@ -112,6 +112,7 @@ class BridgedLlava(LlavaForConditionalGeneration):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = BridgedLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_type = "ForConditionalGeneration"  # transformers looks it up by the name of its own classes
         self.post_init()
 
     @property
@@ -210,7 +211,7 @@ def shorten(inputs: dict[str, Tensor], image_id: int, before: int, after: int) -
     visual = ids == image_id
     kept = ~visual | ((visual.cumsum(1) - 1) % before < after)
     width = int(kept.sum(1).max())
-    columns = kept.long().argsort(1, stable=True)[:, -width:]
+    columns = kept.long().argsort(dim=1, stable=True)[:, -width:]
     left = kept.gather(1, columns)
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     cut = {name: value.gather(1, columns) if value.shape == ids.shape else value for name, value in inputs.items()}

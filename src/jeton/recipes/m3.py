@@ -1,0 +1,46 @@
+"""M3 on the embedded model: 144, 36, 9 and 1 tokens trained at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import bridge
+from ..bridge.m3 import loss, oracle
+from ..demo import load_demo
+from ..train import Recipe, train
+from ._demo import right, scenes, share, write
+
+SCALES = (144, 36, 9, 1)
+RECIPE = Recipe(steps=200, rate=6e-4, warmup=0.1)
+BATCH = 8
+
+
+def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, questions: int = 256) -> dict[str, Any]:
+    demo = load_demo()
+    examples = demo.examples[:questions]
+    model = bridge.attach(demo.model, "m3")
+    model.model.vision_tower.requires_grad_(False)
+    before = measure(model, demo.processor, examples)
+    data = scenes(demo.processor, BATCH, model.bridge.tokens)
+    told = train(model, data, lambda m, batch: loss(m, batch, SCALES), recipe, out=out, resume=resume, progress=progress, name="m3")
+    after = measure(model, demo.processor, examples)
+    results = {
+        "questions": len(examples),
+        "seconds": round(told.seconds),
+        "pooled, not trained": {f"{tokens} tokens": share(marks) for tokens, marks in before.items()},
+        "trained": {f"{tokens} tokens": share(marks) for tokens, marks in after.items()},
+        "oracle": round(oracle(after)[0], 4),
+    }
+    return write(out, bridge.fit(demo.processor, model), results)
+
+
+def measure(model: bridge.BridgedLlava, processor: Any, examples: Any) -> dict[int, list[bool]]:
+    """Which questions are answered rightly at every scale; the model's own scale is all tokens afterwards."""
+    found = {}
+    for tokens in SCALES:
+        model.bridge.scale(tokens)
+        found[tokens] = right(model.eval(), bridge.fit(processor, model), examples)
+    model.bridge.scale(None)
+    return found
