@@ -17,9 +17,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from jeton.bridge import attach
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
@@ -205,6 +205,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "BridgedLlava": tiny_bridged,
     "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
     "LlavaModel": lambda: tiny_llava().model,
+    "BridgedLlavaModel": lambda: tiny_bridged().model,
     "LlavaNextForConditionalGeneration": tiny_llava_next,
     "LlavaNextModel": lambda: tiny_llava_next().model,
     "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,

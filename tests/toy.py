@@ -23,7 +23,9 @@ def llava(seed: int = 0) -> transformers.LlavaForConditionalGeneration:
         **sizes, num_hidden_layers=2, vocab_size=ANSWER + COLOURS, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None,
         initializer_range=0.15, max_position_embeddings=64,
     )  # fmt: skip
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=SIDE**2, vision_feature_layer=-1)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=SIDE**2, vision_feature_layer=-1
+    )
     return transformers.LlavaForConditionalGeneration(config)
 
 

@@ -148,7 +148,10 @@ def test_shortening_a_batch_cuts_placeholders_and_nothing_else():
     assert short["labels"].tolist() == [[-100, -100, -100, 6], [-100] * 4]
     ragged = {"input_ids": torch.tensor([[1, 7, 7, 7, 7], [1, 7, 7, 5, 6]])}  # two images, and one
     short = shorten(ragged, 7, 2, 1)
-    assert short["input_ids"].tolist() == [[0, 1, 7, 7], [1, 7, 5, 6]] and short["attention_mask"].tolist() == [[0, 1, 1, 1], [1] * 4]
+    assert short["input_ids"].tolist() == [[0, 1, 7, 7], [1, 7, 5, 6]] and short["attention_mask"].tolist() == [
+        [0, 1, 1, 1],
+        [1] * 4,
+    ]
 
 
 WRONG = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-import toy
 import torch
 from PIL import Image
 
 import jeton
 import tiny
+import toy
 from jeton import bridge
 from jeton.bridge.llava_mini import tiles
 
@@ -220,8 +220,5 @@ def test_one_token_with_fusion_answers_what_one_token_alone_cannot():
     share = {}
     for layers in (0, 2):
         model = bridge.attach(toy.llava(), "llava-mini", side=1, fusion_layers=layers)
-        share[layers] = toy.accuracy(toy.learn(model, STEPS))
+        share[layers] = toy.accuracy(toy.learn(model, 300))
     assert share[2] > share[0] + 0.15 and share[2] > 0.8, share
-
-
-STEPS = 500

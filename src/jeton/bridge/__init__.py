@@ -12,6 +12,6 @@ Once this package is imported, `AutoModelForImageTextToText.from_pretrained(path
 """
 
 from ._common import Bridge
-from ._model import BridgedLlava, BridgedLlavaConfig, attach, fit, shorten
+from ._model import BridgedLlava, BridgedLlavaConfig, BridgedLlavaModel, attach, fit, shorten
 
-__all__ = ["Bridge", "BridgedLlava", "BridgedLlavaConfig", "attach", "fit", "shorten"]
+__all__ = ["Bridge", "BridgedLlava", "BridgedLlavaConfig", "BridgedLlavaModel", "attach", "fit", "shorten"]

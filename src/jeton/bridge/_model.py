@@ -1,7 +1,8 @@
 """LLaVA with a bridge in the place of its projector: a class of its own beside transformers' own, known to the Auto classes.
 
 `config.bridge` holds the bridge's id and options, so `save_pretrained` and `AutoModelForImageTextToText.from_pretrained` work as
-for any model once `jeton.bridge` is imported. The processor stays transformers' own; `fit` tells it how many placeholders to write.
+for any model once `jeton.bridge` is imported. The processor stays transformers' own; `fit` tells it how many placeholders to
+write.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class BridgedLlavaModel(LlavaModel):
         tokens = torch.stack(list(encoded.pooler_output))
         if int(visual.sum()) != tokens.shape[:2].numel():
             raise ValueError(
-                f"the prompt has {int(visual.sum())} image tokens, but its {len(tokens)} images have {tokens.shape[1]} each; make "
-                "it with the processor that jeton.bridge.fit returns."
+                f"the prompt has {int(visual.sum())} image tokens, but its {len(tokens)} images have {tokens.shape[1]} each; "
+                "make it with the processor that jeton.bridge.fit returns."
             )
         context = torch.stack([encoded.context[id(each)] for each in encoded.pooler_output])
         usable = ~visual if mask is None else ~visual & mask[:, -visual.shape[1] :].bool()
@@ -168,7 +169,9 @@ def attach(model: LlavaForConditionalGeneration, bridge: str, **options: Any) ->
             f"a bridge takes the place of the projector of a LlavaForConditionalGeneration, not of a {type(model).__name__}."
         )
     if model.config.vision_feature_select_strategy != "default" and model.config.vision_config.model_type == "clip_vision_model":
-        raise Unsupported('the model hands its class token on (vision_feature_select_strategy="full"); bridges read patches only.')
+        raise Unsupported(
+            'the model hands its class token on (vision_feature_select_strategy="full"); bridges read patches only.'
+        )
     told = {**model.config.to_dict(), "bridge": {"id": bridge, **options}}
     told.pop("model_type")
     config = BridgedLlavaConfig(**told)

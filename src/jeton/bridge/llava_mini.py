@@ -31,8 +31,8 @@ class LlavaMini(Bridge):
     Before the language model, `fusion_layers` decoder layers of its own kind (separate weights, causal, rotary, no norm behind)
     run over [N projected; C² compressed; text]; the last rows take the place of the text, the C² before them that of the
     placeholders. Only instructions take part: padding and, in training, answers (`labels`) are masked out, positions do not count
-    them, and they keep their raw embeddings. The embeddings that go in are detached. It happens once, at prefill; what is decoded,
-    or asked later on the cache without pictures, stays raw: ask again with the whole conversation.
+    them, and they keep their raw embeddings. Embeddings that go in are detached. It happens once, at prefill; what is decoded, or
+    asked later on the cache without pictures, stays raw: ask again with the whole conversation.
 
     Of several pictures (frames of a video) each is fused with the text by itself; visual tokens stand one after the other, and
     the text is the mean over pictures. tiles=2 is high resolution: pictures come as 2 x 2 tiles and a thumbnail (`tiles`), the

@@ -1,4 +1,4 @@
-"""M3, Matryoshka Multimodal Models: nested sets of visual tokens, pooled after the projector; one model answers at every length."""
+"""M3, Matryoshka Multimodal Models: visual tokens pooled after the projector; one model answers at every length."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class TokenPacker(Bridge):
     the language model's width. 576 features become 144, 64 or 36 tokens at scale 2, 3 or 4.
 
     The paper's text speaks of an update of the coarse query; the released module hands on the attention's output alone.
-    `residual=True` adds Q. `layers` are hidden states of the encoder, by default 12, 16, 22 and 23 of 24 blocks and the same share
-    of the depth elsewhere. x is what the model hands on by itself (the last layer but one).
+    `residual=True` adds Q. `layers` are hidden states of the encoder, by default 12, 16, 22 and 23 of 24 blocks and the same
+    share of the depth elsewhere. x is what the model hands on by itself (the last layer but one).
 
     `tiles` prepares pictures of high resolution; their tokens are those of their tiles.
     """
@@ -131,16 +131,14 @@ def tiles(
 ) -> tuple[list[Image.Image], str]:
     """The pictures to encode for one of high resolution, and what stands for them in the prompt in the place of one `mark`.
 
-    The picture is resized, its ratio kept, and padded with zeros to rows x columns tiles. Tiles of a row are set apart by a comma,
-    rows end with a newline; where there are several tiles, the whole picture follows as a thumbnail, with its own newline.
+    The picture is resized, its ratio kept, and padded with zeros to rows x columns tiles. A comma stands between tiles of a row,
+    a newline behind it; where there are several tiles, the whole picture follows as a thumbnail, with a newline of its own.
     """
     rows, columns = layout(image.height, image.width, tile, choices)
     ratio = min(rows * tile / image.height, columns * tile / image.width)
     size = max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
     canvas = Image.new("RGB", (columns * tile, rows * tile))
     canvas.paste(image.convert("RGB").resize((min(size[0], canvas.width), min(size[1], canvas.height)), Image.Resampling.BICUBIC))
-    parts = [
-        canvas.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile)) for y in range(rows) for x in range(columns)
-    ]
+    parts = [canvas.crop((x * tile, y * tile, (x + 1) * tile, (y + 1) * tile)) for y in range(rows) for x in range(columns)]
     text = (",".join([mark] * columns) + "\n") * rows
     return (parts, text) if len(parts) == 1 else ([*parts, image], text + mark + "\n")

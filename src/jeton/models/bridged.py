@@ -9,7 +9,7 @@ from .base import Inputs, adapter
 from .llava import Llava
 
 
-@adapter("BridgedLlava")
+@adapter("BridgedLlava", "BridgedLlavaModel")
 class Bridged(Llava):
     mixes = True
 

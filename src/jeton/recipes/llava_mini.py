@@ -1,5 +1,4 @@
-"""LLaVA-Mini on the embedded model: one token an image in the place of 144, and four fusion layers before the language model.
-"""
+"""LLaVA-Mini on the embedded model: one token an image in the place of 144, and four fusion layers before the language model."""
 
 from __future__ import annotations
 
@@ -23,7 +22,9 @@ def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe =
     processor = bridge.fit(demo.processor, model)
     model.model.vision_tower.requires_grad_(False)
     data = scenes(demo.processor, BATCH, model.bridge.tokens)
-    told = train(model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name="llava-mini")
+    told = train(
+        model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name="llava-mini"
+    )
     results = {
         "questions": len(examples),
         "seconds": round(told.seconds),

@@ -1,5 +1,4 @@
-"""M3 on the embedded model: 144, 36, 9 and 1 tokens trained at once.
-"""
+"""M3 on the embedded model: 144, 36, 9 and 1 tokens trained at once."""
 
 from __future__ import annotations
 
@@ -24,7 +23,9 @@ def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe =
     model.model.vision_tower.requires_grad_(False)
     before = measure(model, demo.processor, examples)
     data = scenes(demo.processor, BATCH, model.bridge.tokens)
-    told = train(model, data, lambda m, batch: loss(m, batch, SCALES), recipe, out=out, resume=resume, progress=progress, name="m3")
+    told = train(
+        model, data, lambda m, batch: loss(m, batch, SCALES), recipe, out=out, resume=resume, progress=progress, name="m3"
+    )
     after = measure(model, demo.processor, examples)
     results = {
         "questions": len(examples),

@@ -1,5 +1,4 @@
-"""TokenPacker on the embedded model: 16 tokens an image in the place of 144.
-"""
+"""TokenPacker on the embedded model: 16 tokens an image in the place of 144."""
 
 from __future__ import annotations
 
@@ -22,7 +21,9 @@ def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe =
     processor = bridge.fit(demo.processor, model)
     model.model.vision_tower.requires_grad_(False)
     data = scenes(demo.processor, BATCH, model.bridge.tokens)
-    told = train(model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name="tokenpacker")
+    told = train(
+        model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name="tokenpacker"
+    )
     results = {
         "questions": len(examples),
         "seconds": round(told.seconds),
