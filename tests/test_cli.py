@@ -23,7 +23,7 @@ def photo(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [(), ("compare",), ("methods",), ("show",), ("ask",)])
+@pytest.mark.parametrize("command", [(), ("compare",), ("methods",), ("show",), ("ask",), ("tune",)])
 def test_help_reads_well(command):
     result = run(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output and "[cyan]" not in result.output
@@ -113,6 +113,9 @@ WRONG = {
     "no such data": (("compare", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
     "no such image": (("ask", "--image", "nowhere.png", "--ask", "What?"), "there is no image nowhere.png"),
     "overlay of nothing": (("ask", "--image", "a.png", "--ask", "What?", "--overlay", "b.png"), "--method"),
+    "nothing to tune": (("tune", "tome", "--limit", "1", "--out", "x.json"), "methods that have: "),
+    "no such objective": (("tune", "g-search", "--objective", "best", "--out", "x.json"), "no objective 'best'"),
+    "no such calibration": (("compare", "--methods", "g-search(calibration='none.json')"), "no calibration file none.json"),
     "no such dtype": (("compare", "--dtype", "float7"), "there is no dtype"),
 }
 
@@ -129,6 +132,15 @@ def test_a_corrupt_image_is_named(tmp_path):
     path.write_bytes(b"\x89PNG nothing more")
     result = run("ask", "--image", path, "--ask", "What?")
     assert result.exit_code == 2 and "corrupt" in result.stderr
+
+
+def test_tune_writes_a_calibration_that_a_spec_can_name(tmp_path):
+    out = tmp_path / "new" / "tuned.json"
+    result = run("tune", "g-search(keep=0.4)", "--limit", 2, "--calls", 4, "--sampler", "random", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "answer 0." in result.stdout and "2 inputs" in result.stdout
+    made = jeton.get(f"g-search(calibration={str(out)!r})")
+    assert made.keep == 0.4 and made.calibration.data == 2 and jeton.get(made.spec) == made
 
 
 def test_completion_offers_ids_also_inside_lists_and_chains():

@@ -13,6 +13,7 @@ def test_every_public_name_exists():
         "apply",
         "compare",
         "methods",
+        "tune",
         "get",
         "load_demo",
         "Tokens",
@@ -27,8 +28,8 @@ def test_every_public_name_exists():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="tune"):
-        jeton.tune  # noqa: B018
+    with pytest.raises(AttributeError, match="tuned"):
+        jeton.tuned  # noqa: B018
 
 
 def test_importing_it_does_not_import_torch():
@@ -36,7 +37,7 @@ def test_importing_it_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["apply", "compare", "get", "methods", "load_demo"])
+@pytest.mark.parametrize("name", ["apply", "compare", "get", "methods", "load_demo", "tune"])
 def test_what_is_public_is_documented_and_typed(name):
     thing = getattr(jeton, name)
     assert thing.__doc__ and "return" in thing.__annotations__

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from jeton.method import Budget, Sequence, find, get, methods
+from jeton.method import Budget, Sequence, find, get, methods, reducers
 from jeton.ops.budget import count
 from jeton.tokens import Tokens
 
-KEEPERS = [card.id for card in methods() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
+KEEPERS = [card.id for card in reducers() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
 
 
 def test_a_method_is_made_by_name_by_spec_and_by_itself():

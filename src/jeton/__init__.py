@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jeton.demo import load_demo
     from jeton.engine import apply
     from jeton.measure.compare import compare
+    from jeton.measure.tune import tune
     from jeton.method import Budget, Sequence, Unsupported, get, methods
     from jeton.models import ClipText
     from jeton.registry import systems
@@ -39,6 +40,7 @@ __all__ = [
     "load_demo",
     "methods",
     "systems",
+    "tune",
 ]
 
 _HOME = {
@@ -54,6 +56,7 @@ _HOME = {
     "load_demo": "jeton.demo",
     "methods": "jeton.method",
     "systems": "jeton.registry",
+    "tune": "jeton.measure.tune",
 }
 
 

@@ -212,6 +212,44 @@ def train(
     typer.echo(f"written: {out}", err=True)
 
 
+@app.command()
+def tune(
+    method: Annotated[
+        str, typer.Argument(help="A method or spec, e.g. [cyan]'g-search(keep=0.25)'[/].", autocompletion=_complete_one)
+    ],
+    out: Annotated[Path, typer.Option(help="Write the calibration to this JSON file.")],
+    model: Model = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL with image, question and answer on each line; default: the embedded questions.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many questions to calibrate on.", min=1)] = 30,
+    objective: Annotated[str | None, typer.Option(help="answer or cosine; default: the method's own.")] = None,
+    calls: Annotated[int | None, typer.Option(help="How many candidates to try; default: the method's own.", min=1)] = None,
+    sampler: Annotated[str, typer.Option(help="auto, gp, tpe or random.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed for the questions and the search.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Calibrate a method on a model and questions, and keep the result for later.
+
+    [cyan]jeton tune "g-search(keep=0.25)" --data questions.jsonl --out tuned.json[/], then use it as
+    [cyan]"g-search(calibration='tuned.json')"[/].
+    """
+    from .measure.data import as_questions, read_questions, sample
+    from .measure.speak import Speaker
+    from .measure.subject import load_subject
+    from .measure.tune import tune as run
+
+    subject = load_subject(model, None, device, dtype)
+    speaker = Speaker(subject.model, subject.processor)
+    questions = sample(as_questions(subject.examples) if data is None else read_questions(data), limit, seed)
+    inputs = [speaker.answered(question) for question in questions]
+    tuned = run(subject.model, method, inputs, objective=objective, calls=calls, sampler=sampler, seed=seed, progress=True)
+    tuned.save(out)
+    typer.echo(str(tuned.calibration))
+    typer.echo(f"calibration: {out}", err=True)
+
+
 def main() -> None:
     """Entry point of the `jeton` command."""
     app(prog_name="jeton")

@@ -294,4 +294,6 @@ def _places(geometry: Sequence[Geometry], width: int, device: torch.device | str
     names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols", "time")
     fields = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
     sides = (max(int(item.height.max()) for item in geometry), max(int(item.width.max()) for item in geometry))
-    return Place(**fields, units=max(len(item.kinds) for item in geometry), sides=sides)
+    shapes = {shape for item in geometry for shape in zip(item.height.tolist(), item.width.tolist(), strict=True)}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    return Place(**fields, units=max(len(item.kinds) for item in geometry), sides=sides, shape=shape)

@@ -8,16 +8,19 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import importlib
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import registry
+from .calibration import Calibration, Study
 from .ops.budget import count
 from .registry import Card
 from .tokens import Reduction, Tokens
@@ -127,6 +130,25 @@ class ReceivedAttention(Need):
 
 
 @dataclass(frozen=True)
+class AnchorAttention(Need):
+    """(B, N) attention each token receives from the picture's anchors, averaged over them and over heads. Anchors are the tokens
+    that receive more than `threshold` times the mean (see `ReceivedAttention`); where none does, all are. Two passes in slabs:
+    no N x N map is stored."""
+
+    layer: int | None = -1
+    threshold: float = 1.0
+
+
+@dataclass(frozen=True)
+class PatchEntropy(Need):
+    """(B, N) entropy in bits of the histogram of each patch's 256 grey values. Pixels are brought back from the processor's
+    normalisation by `mean` and `std` per channel; None for those the model family is trained with."""
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Keys(Need):
     """(B, N, d) attention keys averaged over heads; `joined`: of all heads side by side. `last` as for `ClassAttention`."""
 
@@ -165,7 +187,17 @@ class Values(Need):
     layer: int | None = -1
 
 
-IN_ENCODER = (ClassAttention, MeanAttention, ClassSimilarity, ReceivedAttention, Keys, Values, TextSimilarity)
+IN_ENCODER = (
+    ClassAttention,
+    MeanAttention,
+    ClassSimilarity,
+    ReceivedAttention,
+    AnchorAttention,
+    PatchEntropy,
+    Keys,
+    Values,
+    TextSimilarity,
+)
 
 
 @dataclass(frozen=True)
@@ -202,8 +234,12 @@ class TextAttention(Need):
     language-model layer, after softmax over all keys. None means the layer before the one the method stands in front of.
 
     Raters are the text tokens whose relevance to the image is above the mean: the softmax over this text of V Tᵀ, averaged over
-    the visual tokens, from the embeddings at the entrance. Where none is, all are; where no text follows, the last token that is
-    left of the prompt is."""
+    the visual tokens, from the embeddings at the entrance; with `raters` "all", or where none is above, all of the text. Where no
+    text follows, the last token that is left of the prompt is the rater. With `peak`, the largest of the raters' attention
+    (averaged over heads) instead of the mean."""
+
+    raters: str = "relevant"
+    peak: bool = False
 
 
 @dataclass(frozen=True)
@@ -284,6 +320,72 @@ class PixelVariance(Need):
     the largest. Special tokens have zero."""
 
 
+@dataclass(frozen=True)
+class Carried(Need):
+    """(B, N) the score that an earlier part of the method with this id has handed on (`Reduction.score`), for the tokens that are
+    left."""
+
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Entered(Need):
+    """(B, 1) how many tokens of the row entered the language model, whatever has left since."""
+
+
+@dataclass(frozen=True)
+class Neurons(Need):
+    """(B, N, F) bool: which of the F gated activations ``act(gate x) * up x`` of a language-model layer's MLP are positive, for
+    each token of the row. None means the layer before the one the method stands in front of. With `token`, (B, F) for one token
+    of the row's prompt instead, counted from its end (1: the last). With `top` below 1, only that share of a token's positive
+    activations, the largest, counts as positive."""
+
+    token: int | None = None
+    top: float = 1.0
+
+
+@dataclass(frozen=True)
+class NeuronCounts(Need):
+    """(B, F) how many tokens of the row's prompt, text included, make each of the F gated activations of a language-model layer's
+    MLP positive (`top` as in `Neurons`). None means the layer before the one the method stands in front of."""
+
+    top: float = 1.0
+
+
+# -- what a method may change in a layer -------------------------------------------------------------------------------
+
+WHO = ("decode", "context", "only_context", "visual")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Some tokens run through a part of a language-model layer only.
+
+    part: "ffn" (``x + attention``), "attention" (``x + ffn``), "block" (x as it is), or "parallel", where nothing is left out but
+    both halves read the same normed input: ``x + attention(norm1 x) + ffn(norm1 x)``.
+    who: "decode" (single tokens that continue a cache), "context" (those and the prompt), "only_context" (the prompt) or "visual"
+    (the prompt's visual tokens).
+
+    Every token leaves its keys and values in the layer's cache, computed by the layer from the token in front of it, so that all
+    layers hold the same columns and tokens that are not skipped see what they always see.
+    """
+
+    part: str
+    who: str = "decode"
+
+
+@dataclass(frozen=True)
+class CoreNeurons:
+    """While decoding, the layer's MLP uses only its core neurons: the `share` of its gated activations that most tokens of the
+    prompt made positive in prefill (ties to the lowest; `top` as in `Neurons`)."""
+
+    share: float
+    top: float = 1.0
+
+
+Rule = Skip | CoreNeurons
+
+
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +397,13 @@ class Method:
     beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
     of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
     the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
-    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches.
+    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
+    says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
+    `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
+    left.
+
+    A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
+    which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
     """
 
     card: ClassVar[Card]
@@ -306,6 +414,13 @@ class Method:
     proportional: bool = False
     virtual: bool = False
     resizes: ClassVar[bool] = False
+    average: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    calibration: Calibration | None = None
+    objective: ClassVar[str] = "answer"
+    calls: ClassVar[int] = 60
+    warmup: ClassVar[int | None] = None
+    of_all: ClassVar[bool] = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""
@@ -329,18 +444,47 @@ class Method:
         or layers the tokens pass."""
         raise NotImplementedError(f"{type(self).__name__} must promise its count.")
 
+    def calibrated(self, study: Study) -> Method:
+        """The same method with the fields it can calibrate set to the best that it finds in a study."""
+        raise TypeError(untunable(self))
+
+    def fit(self, model: Any, data: Iterable[Any], **how: Any) -> Self:
+        """A new method with its fields calibrated on a model and data: ``jeton.tune(model, self, data, ...)``, see there. Its
+        `calibration` says how it was found, and `save` writes that down."""
+        driver = importlib.import_module(f"{__package__}.measure.tune")  # the one way up: tuning runs models
+        fitted: Self = driver.tune(model, self, data, **how)
+        return fitted
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the calibration of a method that was fitted to a JSON file; ``jeton.get(id, calibration=path)`` reads it."""
+        if self.calibration is None:
+            raise ValueError(f"{self.spec} was not fitted, so there is no calibration to save; its spec says all there is.")
+        self.calibration.save(path)
+
+    def shrinks(self, depth: int) -> int | None:
+        """The language-model layer from which on, once the prompt has run, caches hold no token that is gone from the last layer;
+        None if every layer holds what it has seen. Layer 0 always does."""
+        return None
+
+    def rules(self, depth: int) -> dict[int, Rule]:
+        """What it changes in which of the language model's `depth` layers."""
+        return {}
+
     def __or__(self, other: Method) -> Sequence:
         return Sequence(self, other)
 
     @property
     def spec(self) -> str:
         """The method written as a spec, with the fields that differ from their defaults (values for one batch left out)."""
-        shown = []
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if item.init and item.repr and value != item.default:
-                shown.append(f"{item.name}={value!r}")
+        shown = [f"{name}={value!r}" for name, value in self.changed.items()]
         return f"{self.card.id}({', '.join(shown)})" if shown else self.card.id
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        fields = [item for item in dataclasses.fields(self) if item.init and item.repr]  # type: ignore[arg-type]
+        values = {item.name: (getattr(self, item.name), item.default) for item in fields}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 class Sequence(Method):
@@ -413,6 +557,11 @@ def methods(family: str | None = None) -> list[Card]:
     return [card for card in registry.systems(family) if isinstance(card.object, type) and issubclass(card.object, Method)]
 
 
+def reducers(family: str | None = None) -> list[Card]:
+    """The cards of the methods that make tokens fewer; others change how layers run (site "rule")."""
+    return [card for card in methods(family) if card.object.site in SITES]
+
+
 def find(name: str) -> Card:
     """The card of one method; an unknown name suggests the nearest."""
     cards = {card.id: card for card in methods()}
@@ -424,7 +573,11 @@ def find(name: str) -> Card:
 
 
 def get(spec: str | Method, **fields: Any) -> Method:
-    """A method from its name, its spec or itself: ``get("tome", r=8)``, ``get("tome(r=8) | divprune(keep=64)")``."""
+    """A method from its name, its spec or itself: ``get("tome", r=8)``, ``get("tome(r=8) | divprune(keep=64)")``.
+
+    ``calibration=`` beside the fields of a method takes them from a file that `tune` wrote, or from one of the method's presets;
+    fields that are given as well win.
+    """
     if isinstance(spec, Method):
         if fields:
             raise TypeError(f"fields {sorted(fields)} cannot be set on a method that is already made.")
@@ -458,6 +611,8 @@ def _parse(node: ast.expr) -> list[tuple[str, dict[str, Any]]]:
 
 def _make(name: str, options: dict[str, Any]) -> Method:
     card = find(name.replace("_", "-"))
+    if "calibration" in options:
+        return _calibrated(card, **options)
     known = [item.name for item in dataclasses.fields(card.object) if item.init]
     for option in options:
         if option not in known:
@@ -465,3 +620,35 @@ def _make(name: str, options: dict[str, Any]) -> Method:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise TypeError(f"{card.id} has no field {option!r}.{hint} Its fields are {', '.join(known) or 'none'}.")
     return card.object(**options)
+
+
+def _calibrated(card: Card, calibration: Any, **options: Any) -> Method:
+    """A method from a preset or a calibration file; it knows the calibration as long as no field was given beside it."""
+    presets = card.object.presets
+    if calibration in presets:
+        return _make(card.id, {**presets[calibration], **options})
+    if not isinstance(calibration, str | os.PathLike):
+        raise TypeError(
+            f"calibration is the path of a file that tune has written, or one of {list(presets)}, got {calibration!r}."
+        )
+    try:
+        found = Calibration.load(calibration)
+    except ValueError as error:
+        hint = f" {card.id} has the presets {', '.join(map(repr, presets))}." if presets else ""
+        raise ValueError(f"{error}{hint}") from error
+    if found.method != card.id:
+        raise ValueError(f"{calibration} calibrates {found.method}, not {card.id}.")
+    made = _make(card.id, {**found.fields, **options})
+    return made if options else known(made, found)
+
+
+def known(method: Method, calibration: Calibration) -> Method:
+    """The method with the calibration it comes from beside its fields: not one of them, so it takes no part in comparison."""
+    object.__setattr__(method, "calibration", calibration)
+    return method
+
+
+def untunable(method: Method) -> str:
+    """The sentence with which `tune` refuses a method."""
+    names = [card.id for card in methods() if card.object.calibrated is not Method.calibrated]
+    return f"{method.card.id} has nothing to calibrate; methods that have: {', '.join(names)}."

@@ -22,7 +22,8 @@ class Place:
     a grid of `crop_rows` x `crop_cols` crops (all 0 for rows that are a single picture; the thumbnail's position is 0, 0).
 
     Videos say when: `time` is the number of the token's frame within its video, 0 in every picture that does not move; None where
-    nobody knows, and then no unit follows another. `sides` are rows and columns of the largest grid of any unit.
+    nobody knows, and then no unit follows another. `sides` are rows and columns of the largest grid of any unit; `shape` is the
+    height and width that all units of all rows have, where it is known without looking at the device.
     """
 
     unit: Tensor
@@ -37,6 +38,7 @@ class Place:
     crop_cols: Tensor | None = None
     time: Tensor | None = None
     sides: tuple[int, int] | None = None
+    shape: tuple[int, int] | None = None
 
     @classmethod
     def grid(cls, batch: int, height: int, width: int, device: torch.device | str | None = None) -> Place:
@@ -49,6 +51,7 @@ class Place:
             torch.full_like(cells, height),
             torch.full_like(cells, width),
             sides=(height, width),
+            shape=(height, width),
         )
 
     @classmethod

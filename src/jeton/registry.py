@@ -10,7 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 # the rooms that hold systems; where a room holds other things too, its SYSTEMS names the files to look into
-ROOMS = ("reduce", "backbones", "bridge", "decode", "objectives")
+ROOMS = (
+    "reduce",
+    "cache",
+    "decode",
+    "tokenizers",
+    "signals",
+    "text",
+    "generate",
+    "backbones",
+    "bridge",
+    "objectives",
+    "merging",
+    "measure",
+)
 
 _REGISTRY: dict[str, Card] = {}
 T = TypeVar("T")
@@ -18,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Card:
-    """Where a system comes from and where it works. `object` is the class or function itself."""
+    """Where a system comes from and where it works. `headline` is what its authors claim, `object` the class or function."""
 
     id: str
     title: str
@@ -27,6 +40,7 @@ class Card:
     family: str
     stage: str
     training_free: bool
+    headline: str
     object: Any = field(repr=False, compare=False)
 
     def row(self) -> dict[str, Any]:
@@ -35,17 +49,26 @@ class Card:
 
 
 def register(
-    *, title: str, year: int, source: str, family: str, stage: str, training_free: bool = True, id: str | None = None
+    *,
+    title: str,
+    year: int,
+    source: str,
+    family: str,
+    stage: str,
+    training_free: bool = True,
+    headline: str = "",
+    id: str | None = None,
 ) -> Callable[[T], T]:
     """Decorator that files a class or function under its id (by default the module's name, underscores as hyphens) and sets its
-    `card`. `family` is the kind of system (vlm, vit, bridge, tokenizer ...), `stage` where in a token's life it acts."""
+    `card`. `family` is the kind of system (vlm, vit, bridge, tokenizer ...), `stage` where in a token's life it acts, `headline`
+    what its authors claim for it, on their models and data."""
 
     def file(thing: T) -> T:
         name = id or thing.__module__.rpartition(".")[2].replace("_", "-")
         known = _REGISTRY.get(name)
         if known is not None and known.object.__qualname__ != thing.__qualname__:  # type: ignore[attr-defined]
             raise ValueError(f"the id {name!r} is already taken by {known.object.__name__}.")
-        card = Card(name, title, year, source, family, stage, training_free, thing)
+        card = Card(name, title, year, source, family, stage, training_free, headline, thing)
         thing.card = card  # type: ignore[attr-defined]
         _REGISTRY[name] = card
         return thing
@@ -77,6 +100,8 @@ def _load() -> None:
     """Import every system's file once, so that the registry is complete. Nothing else may name the rooms."""
     for room in ROOMS:
         package = importlib.import_module(f"{__package__}.{room}")
-        files = getattr(package, "SYSTEMS", None) or [module.name for module in pkgutil.iter_modules(package.__path__)]
+        files = getattr(package, "SYSTEMS", None) or [
+            module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
+        ]
         for name in files:
             importlib.import_module(f"{package.__name__}.{name}")

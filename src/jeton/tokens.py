@@ -122,7 +122,7 @@ class Reduction:
     mask: (B, K) true where the new token is real; None when all are.
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
-    score: (B, K) the score a method hands to its next step; None passes on the score that tokens carry already.
+    score: (B, K) the score a method hands to its next step or part; None passes on the score that tokens carry already.
     """
 
     index: Tensor

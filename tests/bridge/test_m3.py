@@ -7,7 +7,7 @@ import tiny
 import toy
 from jeton import bridge
 from jeton.bridge import m3, shorten
-from jeton.ops.windows import pool
+from jeton.ops.squares import pool
 
 SCALES = (16, 4, 1)
 

@@ -138,7 +138,7 @@ class Pooled(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(3 * WIDTH, 64), nn.GELU(), nn.Linear(64, 24))
 
     def forward(self, x):
-        from jeton.ops.windows import pool
+        from jeton.ops.squares import pool
 
         return self.mlp(pool(x, 4))
 

@@ -12,9 +12,11 @@ import pytest
 from torch import nn
 
 import tiny
-from jeton.method import ClassAttention, LastAttention, Method, get, methods
+from jeton.method import ClassAttention, LastAttention, Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
 
+# fields with which decoding runs as recomputation without a cache does; their own decoding has tests of its own in tests/reduce
+AS_RECOMPUTED: dict[str, dict[str, Any]] = {"mustdrop": {"shrink": False}, "corematching": {"neurons": 1.0}}
 SHARE = 0.3  # the budget where nothing else is said
 ATTENTIONS = ("sdpa", "eager")
 LANGUAGE = [
@@ -69,6 +71,12 @@ def made(name: str, **fields: Any) -> Method:
     return get(name, **{**GIVEN.get(name, {}), **fields})
 
 
+def as_recomputed(case: Case) -> Case:
+    """The case with its decoding as recomputation without a cache has it."""
+    more = AS_RECOMPUTED.get(case.method, {})
+    return Case(case.method, (*case.fields, *more.items()), case.model)
+
+
 def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
     """A method with a budget. The contract speaks of budgets, so every method must take `keep`."""
     cls = get(name).__class__
@@ -81,7 +89,7 @@ def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
 
 def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
     """Every method as it is, with the score that needs no class token where it has one, and without virtual unmerging."""
-    for card in methods():
+    for card in reducers():
         yield card.id, ()
         if any(item.name == "score" for item in dataclasses.fields(card.object)):  # type: ignore[arg-type]
             yield card.id, (("score", "received"),)
@@ -104,6 +112,8 @@ def claimed(case: Case) -> bool:
         return False
     leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not encoder.groups))
     if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
+        return False
+    if encoder.packed and any(part.site in ("block", "pixels") for part in method.parts()):
         return False
     if method.site == "layer" and not language:
         return False
@@ -140,6 +150,7 @@ CASES = [case for case in EVERY if case.model not in INNER]
 LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
+RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
 AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]

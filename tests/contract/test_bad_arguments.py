@@ -15,9 +15,9 @@ from witness import snapshot
 import jeton
 import tiny
 from jeton.engine import apply
-from jeton.method import methods
+from jeton.method import reducers
 
-IDS = [card.id for card in methods()]
+IDS = [card.id for card in reducers()]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from witness import Replay, Seen, spied, watching
 import tiny
 from jeton.engine import apply, watch
 from jeton.engine.run import Run
-from jeton.method import Method, Need, Unsupported, methods
+from jeton.method import Method, Need, Unsupported, reducers
 from jeton.models import Encoder, VisionLanguage
 
 BUDGETS = (0.3, 0.5, 7)
@@ -40,7 +40,11 @@ def text_lengths(net: nn.Module, inputs: tiny.Inputs) -> Tensor:
 
 
 def depth_of(case: Case) -> int:
+    """Encoder blocks or language-model layers that tokens pass where the method acts."""
     seen = view(case.model)
+    if case.made().site == "layer":
+        assert isinstance(seen, VisionLanguage)
+        return len(seen.layers)
     return seen.feature_block + 1 if isinstance(seen, VisionLanguage) else len(seen.blocks)
 
 
@@ -186,7 +190,7 @@ def ends(method: Method, side: int) -> None:
 
 @pytest.mark.parametrize("keep", [0.25, 0.9, 12, "default"], ids=str)
 @pytest.mark.parametrize("side", [5, 9, 12])
-@pytest.mark.parametrize("name", [card.id for card in methods()])
+@pytest.mark.parametrize("name", [card.id for card in reducers()])
 def test_a_promise_holds_for_other_sizes_and_for_the_defaults(name: str, side: int, keep: int | float | str) -> None:
     if keep == "default":
         side = max(side, 12)  # some papers' defaults are counts above 81
@@ -196,7 +200,7 @@ def test_a_promise_holds_for_other_sizes_and_for_the_defaults(name: str, side: i
 @each(
     [
         Case(card.id, (), name)
-        for card in methods()
+        for card in reducers()
         for name in LANGUAGE
         if card.object.site in ("encoder", "entry", "layer") and name not in (QWEN, QWEN2)
     ]

@@ -12,6 +12,7 @@ from cases import CASES, REFUSED, Case, each, view
 import jeton.bridge
 import tiny
 from jeton.engine import apply
+from jeton.method import reducers
 from jeton.models import Encoder, Registry, VisionLanguage
 
 REGISTERED = sorted({**Registry.encoders, **Registry.models})
@@ -54,7 +55,7 @@ def test_every_tiny_model_is_seen_by_an_adapter(name: str) -> None:
 
 
 def test_every_method_works_somewhere() -> None:
-    assert {case.method for case in CASES} == {card.id for card in jeton.methods()}
+    assert {case.method for case in CASES} == {card.id for card in reducers()}
 
 
 @each(REFUSED)

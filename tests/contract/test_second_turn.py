@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LANGUAGE, LANGUAGE_CASES, Case, both_attentions, each
+from cases import LANGUAGE, LANGUAGE_CASES, RECOMPUTABLE, Case, as_recomputed, both_attentions, each
 from references import CLOSE, difference, generated
 from torch import Tensor, nn
 from witness import Replay, spied
@@ -32,7 +32,7 @@ def next_positions(net: nn.Module, conversation: tiny.Inputs, new: int) -> Tenso
 
 @torch.no_grad()
 @both_attentions
-@each(LANGUAGE_CASES)
+@each(RECOMPUTABLE)
 def test_a_second_question_by_a_plain_forward(case: Case, attention: str) -> None:
     net = case.net(attention)
     inputs = tiny.inputs_for(net)
@@ -73,7 +73,7 @@ def spied_random():
     return spied(get("random", keep=0.3))
 
 
-@each(LANGUAGE_CASES)
+@each(RECOMPUTABLE)
 def test_a_second_question_by_generate(case: Case) -> None:
     """Answer, ask again on the returned cache, answer again; then compute the whole conversation at once."""
     net = case.net()
@@ -93,7 +93,7 @@ def test_a_second_question_by_generate(case: Case) -> None:
 
 
 @torch.no_grad()
-@each([case for case in LANGUAGE_CASES if not case.fields])
+@each([as_recomputed(case) for case in LANGUAGE_CASES if not case.fields])
 def test_two_conversations_take_turns_under_one_run(case: Case) -> None:
     net = case.net()
     talks = [tiny.prompts(net, [sample]) for sample in tiny.samples(net)[:2]]

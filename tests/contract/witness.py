@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jeton.method import Method, Need, Promise, get
+from jeton.method import Method, Need, Promise, Rule, get
 from jeton.models import VisionLanguage, adapt
 from jeton.tokens import Reduction, Tokens
 
@@ -91,7 +91,8 @@ class Stand(Method):
 
     def __init__(self, inner: Method, decided: list[Reduction]) -> None:
         self.inner, self.decided = inner, decided
-        for name in ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "resizes", "keep"):
+        copied = ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "resizes", "of_all", "keep")
+        for name in copied:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
 
@@ -111,6 +112,12 @@ class Stand(Method):
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return self.inner.promise(n, depth)
+
+    def shrinks(self, depth: int) -> int | None:
+        return self.inner.shrinks(depth)
+
+    def rules(self, depth: int) -> dict[int, Rule]:
+        return self.inner.rules(depth)
 
     def __getattr__(self, name: str) -> Any:  # `grid` and `picture` of methods that shrink pixels
         return getattr(self.__dict__["inner"], name)

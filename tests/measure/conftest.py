@@ -12,6 +12,8 @@ from jeton.measure.plan import FULL, Case
 from jeton.measure.row import Row
 from jeton.measure.shown import Look, Shown
 
+from .writer import Writer
+
 SPECS = ("random", "pool", "divprune", "tome", "fastervlm", "fastv", "hired", "visionzip")
 
 
@@ -47,3 +49,8 @@ def ran():
     """Three methods and the controls at one budget on the embedded model, really run."""
     methods = ["divprune", "tome(r=12)", "tome(keep=72) | fastv"]
     return compare(methods=methods, keep=[36], limit=8, batch_size=4, pictures=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def writer() -> Writer:
+    return Writer()

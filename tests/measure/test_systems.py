@@ -21,7 +21,8 @@ def test_the_documents_are_up_to_date(tmp_path):
 
 def test_every_system_is_listed_and_explained():
     for card in jeton.systems():
-        assert f"| `{card.id}` |" in table() + others()
+        assert f"| `{card.id}` |" in table() or f"[`{card.id}`]" in others()
+        assert f"[`{card.id}`](#{card.id})" in page()
         assert f"## {card.id}\n" in page() and card.source in page()
 
 

@@ -15,6 +15,7 @@ from ._timm import Backbone, Size
     source="arXiv:2204.03645",
     family="backbone",
     stage="backbone",
+    headline="82.8 to 90.4 % on ImageNet-1K at linear cost",
     training_free=False,
 )
 class DaViT(Backbone):

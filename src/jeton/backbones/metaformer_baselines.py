@@ -46,6 +46,7 @@ class RandomMixing(nn.Module):
     source="arXiv:2210.13452",
     family="backbone",
     stage="backbone",
+    headline="CAFormer-B36 85.5 % on ImageNet-1K at 224; identity mapping alone above 80 %",
     training_free=False,
 )
 class MetaFormerBaseline(Backbone):

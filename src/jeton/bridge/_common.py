@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..layout import Geometry
-from ..ops.windows import resize, side, waves, windows
+from ..ops.squares import resize, side, waves, windows
 from ..registry import Card
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
+import pkgutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from transformers import (
 )
 
 from ..method import Unsupported
-from ..registry import find, nearest, systems
+from ..registry import find, nearest
 from ._common import Bridge
 
 
@@ -147,15 +150,24 @@ def make(config: BridgedLlavaConfig) -> Bridge:
     name = options.pop("id", None)
     if name is None:
         raise ValueError('the configuration names no bridge; set config.bridge = {"id": ..., option: value}.')
-    thing = find(name).object
-    if not (isinstance(thing, type) and issubclass(thing, Bridge)):
-        known = ", ".join(card.id for card in systems("bridge"))
-        raise ValueError(f"{name} is no bridge; bridges are {known}.")
+    thing = _class(name)
     known = list(inspect.signature(thing).parameters)[1:]
     wrong = [option for option in options if option not in known]
     if wrong:
         raise ValueError(f"{name} has no option {wrong[0]!r}; it has {', '.join(known)}.{nearest(wrong[0], known)}")
     return thing(config, **options)
+
+
+def _class(name: str) -> type[Bridge]:
+    """The bridge of this id. Only its own file is imported: a checkpoint loads quickly."""
+    files = {file.name.replace("_", "-"): file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    if name in files:
+        module = importlib.import_module(f"{__package__}.{files[name]}")
+        for thing in vars(module).values():
+            if isinstance(thing, type) and issubclass(thing, Bridge) and getattr(thing, "card", None) and thing.card.id == name:
+                return thing
+    find(name)  # suggests what may have been meant
+    raise ValueError(f"{name} is no bridge; bridges are {', '.join(id for id in files if id[0] != '-')}.")
 
 
 def attach(model: LlavaForConditionalGeneration, bridge: str, **options: Any) -> BridgedLlava:

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from ..layout import Geometry
 from ..ops.flops import block_flops
-from ..ops.windows import side
+from ..ops.squares import side
 from ..registry import register
 from ._common import Bridge, Projector, QueryResampler, linear_flops, square
 
@@ -23,6 +23,7 @@ from ._common import Bridge, Projector, QueryResampler, linear_flops, square
     family="bridge",
     stage="projector",
     training_free=False,
+    headline="1 token instead of 576 beats LLaVA-1.5 on the mean of 11 image benchmarks, with 77% fewer FLOPs",
 )
 class LlavaMini(Bridge):
     """`side`² visual tokens an image: C² learned queries read the N features (`QueryResampler`, no residual, no norm behind), and

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..ops.windows import pool, window_of
+from ..ops.squares import pool, window_of
 from ..registry import register
 from ._common import Bridge, Projector, linear_flops
 from ._model import BridgedLlava, shorten
@@ -22,6 +22,7 @@ from ._model import BridgedLlava, shorten
     family="bridge",
     stage="projector",
     training_free=False,
+    headline="about 9 tokens suffice for COCO-style benchmarks; the accuracy of 576 is kept",
 )
 class M3(Bridge):
     """Project all N features, then average T-th parts of the grid: windows of ``sqrt(N / T)`` squared, so each token of a short

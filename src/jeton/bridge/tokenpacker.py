@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..ops.windows import resize
+from ..ops.squares import resize
 from ..registry import register
 from ._common import Bridge, Projector, RegionAttention, linear_flops
 
@@ -25,6 +25,7 @@ _LAYERS = (12, 16, 22, 23)
     family="bridge",
     stage="projector",
     training_free=False,
+    headline="144 or 64 of 576 tokens at LLaVA-1.5's accuracy or slightly better",
 )
 class TokenPacker(Bridge):
     """(P, N, D) features x and (P, N, m D) features m of several layers to (P, N / scale², d).

@@ -43,6 +43,7 @@ RANKS = tuple(int(path[-1]) if path else 0 for path in PATHS)
     source="arXiv:2408.08696",
     family="decode",
     stage="decoding",
+    headline="about 2 times faster on 7B to 33B models with less than 2 MB of storage",
 )
 class TokenRecycling:
     """Drafts from a matrix M (V, k = 8) that holds, for every token, the k tokens the target last thought most likely after it.

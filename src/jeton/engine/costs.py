@@ -14,6 +14,7 @@ from ..ops.flops import block_flops
 from ..tokens import Reduction, Tokens
 from .flow import Flow, Step
 from .report import ImageCount, Report, SiteCount
+from .rules import layer_flops
 
 if TYPE_CHECKING:
     from .run import Run
@@ -77,7 +78,7 @@ class Costs:
             model=type(run.model).__name__,
             device=str(parameter.device),
             dtype=str(parameter.dtype).removeprefix("torch."),
-            applied=bool(self.sites),
+            applied=bool(self.sites) or (run.rules is not None and bool(run.rules.ran)),
             note=self.note or _kept_whole(images),
             images=images,
             sites=tuple(
@@ -141,18 +142,18 @@ class Costs:
         return out
 
     def _flops(self) -> tuple[float, float]:
+        run = self.run
         ran, full = self._encoder_flops()
-        view = self.run.view
+        view = run.view
         if not isinstance(view, VisionLanguage) or self.layout is None or not self.arrived:
             return ran, full
-        width, kv, mlp, gated = view.dims
-        length = self.arrived
+        length, rules = self.arrived, {} if run.rules is None else run.rules.ran
         for layer in range(len(view.layers)):
             length = self.thinner[layer][0] if layer in self.thinner else length
             # where merged tokens act at all their places, attention runs over the unreduced length
-            attended = self.length**2 / length if self.run.virtual else length
-            ran += self.layout.batch * block_flops(int(length), width, mlp, kv_dim=kv, gated=gated, n_keys=attended)
-            full += self.layout.batch * block_flops(self.length, width, mlp, kv_dim=kv, gated=gated)
+            attended = self.length**2 / length if run.virtual else None
+            ran += layer_flops(rules.get(layer), self.layout.batch, int(length), view.dims, attended)
+            full += layer_flops(None, self.layout.batch, self.length, view.dims)
         if view.projector is not None:
             each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
             assert self.flow is not None

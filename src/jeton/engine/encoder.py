@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..layout import Album
 from ..method import (
+    AnchorAttention,
     ClassAttention,
     ClassSimilarity,
     Keys,
     MeanAttention,
     Method,
     Need,
+    PatchEntropy,
     PixelVariance,
     ReceivedAttention,
     TextSimilarity,
@@ -55,7 +57,8 @@ class EncoderSite:
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
         self.texts = [need for need in late if isinstance(need, TextSimilarity)]
-        for need in late.difference(self.texts):
+        self.seen = {need for need in late if isinstance(need, PatchEntropy)}
+        for need in late.difference(self.texts, self.seen):
             self._listener(self.block_of(need)).late.add(need)
         self.clear()
 
@@ -147,6 +150,7 @@ class EncoderSite:
             self.run.clock.begin("selection")
             self.run.costs.clear()
         if self.encoder.packed:
+            self._look(inputs)
             if self.only is None:
                 return args, kwargs
             self.patches = inputs["hidden_states"].shape[0]
@@ -162,7 +166,17 @@ class EncoderSite:
         for method in self.pixels:
             inputs = self._shrink_picture(method, inputs, len(album))
         self.inputs = inputs
+        self._look(inputs)
         return (), inputs
+
+    def _look(self, inputs: dict) -> None:
+        """Record the signals that are read from the pictures themselves."""
+        for need in self.seen:
+            assert isinstance(need, PatchEntropy)
+            with self.run.clock.measure("selection"):
+                value = pixels.entropy(self.encoder.grey(inputs, need.mean, need.std))
+            self.records[need].append(torch.nn.functional.pad(value, (self.encoder.prefix, 0)))
+            self.records_at[need] = self.reduction
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
@@ -312,7 +326,7 @@ class EncoderSite:
 
     def flat(self, need: Need) -> Tensor:
         """A recorded signal for every patch of the batch, in order: (patches, ...)."""
-        if self.encoder.packed:
+        if self.encoder.packed and need not in self.seen:
             calls = [_tokens_last(need, part) for part in self.records[need]]
             value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
             return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
@@ -383,6 +397,8 @@ def _measure(
         return attention.rows(value[:, :, :1], value, 1.0, first)[:, :, 0]
     if isinstance(need, ReceivedAttention):
         return attention.received(query, key, scale, real)
+    if isinstance(need, AnchorAttention):
+        return attention.anchored(query, key, need.threshold, scale, real)
     if isinstance(need, Keys):
         return key.mean(1)
     if isinstance(need, Values):

@@ -121,6 +121,8 @@ class Entrance:
         prompt.total = prompt.past + prompt.new - (0 if entry is None else entry.offset)
         prompt.held = prompt.total - arriving.shape[1]
         prompt.ids, prompt.last = kwargs["position_ids"], _last(kwargs.get("attention_mask"), arriving.shape[1])
+        prompt.real = _real(kwargs.get("attention_mask"), arriving.shape[1])
+        prompt.decoding = prompt.flow is None and arriving.shape[1] == 1 and prompt.held > 0
         if prompt.flow is not None:
             prompt.run.costs.enter(arriving.shape[1], prompt.new, kwargs.get("attention_mask"))
         return (), kwargs
@@ -236,6 +238,11 @@ def pick(ids: Tensor | None, index: Tensor) -> Tensor:
     """Position ids (..., B or 1, L) at the columns index (B, L')."""
     assert ids is not None
     return ids.expand(*ids.shape[:-2], index.shape[0], ids.shape[-1]).gather(-1, index.expand(*ids.shape[:-2], *index.shape))
+
+
+def _real(mask: Tensor | None, new: int) -> Tensor | None:
+    """(B, new) which of the new columns are no padding; None when all are."""
+    return None if mask is None or mask.dim() != 2 else mask[:, -new:].bool()
 
 
 def _last(mask: Tensor | None, new: int) -> Tensor | None:

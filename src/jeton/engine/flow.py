@@ -39,8 +39,9 @@ def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
 @dataclass
 class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
-    patches, (patches, ...) each. met: a prompt has shown them. projected: tokens that went through the projector.
-    encoded_patches: patches a packed encoder ran on, None for all."""
+    patches, (patches, ...) each. scores: what methods decided by, by their id, (R, M) over each image's tokens, for their later
+    parts. met: a prompt has shown them. projected: tokens that went through the projector. encoded_patches: patches a packed
+    encoder ran on, None for all."""
 
     album: Album
     rows: Rows
@@ -52,6 +53,7 @@ class Scene:
     encoded_patches: int | None = None
     trail: list[Step] = field(default_factory=list)
     given: dict[Need, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def reduced(self) -> bool:
@@ -70,11 +72,12 @@ class Scene:
         not left behind for the next one that shows these pictures."""
         self.met = True
         if album is self.album:
-            return replace(self, trail=list(self.trail))
+            return replace(self, trail=list(self.trail), scores=dict(self.scores))
         at = torch.tensor(images, device=self.rows.slot.device)
         trail = [step.pick(at) for step in self.trail]
         given = {need: value[at] for need, value in self.given.items()}
-        return replace(self, album=album, rows=self.rows.pick(at), trail=trail, given=given)
+        scores = {name: score[at] for name, score in self.scores.items()}
+        return replace(self, album=album, rows=self.rows.pick(at), trail=trail, given=given, scores=scores)
 
 
 @dataclass
@@ -132,12 +135,19 @@ class Virtual:
 
 @dataclass
 class Memory:
-    """What one cache holds: the columns at the entrance, and from each reducing layer on (as columns of the entrance)."""
+    """What one cache holds: the columns at the entrance, and from each reducing layer on (as columns of the entrance). core: the
+    core neurons of a layer's MLP for its prompts, and how the MLP runs on them."""
 
     length: int = 0
     entry: Kept | None = None
     layers: dict[int, Kept] = field(default_factory=dict)
     virtual: Virtual | None = None
+    core: dict[int, Any] = field(default_factory=dict)
+
+    def held(self, layer: int) -> Kept | None:
+        """What a layer's cache holds; None if all that came through the entrance."""
+        from_here = [first for first in self.layers if first <= layer]
+        return self.layers[max(from_here)] if from_here else None
 
     @property
     def touched(self) -> bool:
@@ -186,6 +196,13 @@ class Flow:
 
     def __post_init__(self) -> None:
         self._present = list(self.layout.album.counts)
+
+    @property
+    def first(self) -> list[int]:
+        """How many tokens each image had that could leave, before any did."""
+        album = self.layout.album
+        extra = (0,) * len(album) if self.structure == "pool" else album.structure
+        return [count - structure for count, structure in zip(album.counts, extra, strict=True)]
 
     @property
     def at(self) -> Tensor:

@@ -13,8 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method import LastAttention, LastSimilarity, LayerValues, Method, Need, PageRank, PromptNumber, TextAttention
-from ..ops import attention, budget
+from ..method import (
+    Entered,
+    LastAttention,
+    LastSimilarity,
+    LayerValues,
+    Method,
+    Need,
+    NeuronCounts,
+    Neurons,
+    PageRank,
+    PromptNumber,
+    TextAttention,
+)
+from ..ops import attention, budget, neurons
 from ..ops.pagerank import importance, pagerank
 from ..tokens import gather
 from .ahead import Ahead, Heard, is_ahead, row_mask
@@ -113,46 +125,56 @@ class LayerSite:
     def __init__(self, prompt: Prompt, methods: list[Method]) -> None:
         self.prompt = prompt
         self.methods, self.depth = methods, len(prompt.view.layers)
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, int], Plan] = {}
         self.start = NOMINAL
+        self.first = [NOMINAL]
         self.heard: dict[tuple[int, Need], Heard] = {}
-        self.real: Tensor | None = None
-        self.raters: Raters | None = None
-        self.rated: dict[int, tuple[Tensor, Tensor, int]] = {}  # (R, L), where visual tokens stood, of how many columns
+        self.fired: dict[tuple[int, float], Tensor] = {}
+        self.raters: dict[str, Raters] = {}
+        # by layer, raters and whether it is their peak: (R, L), where visual tokens stood, and of how many columns
+        self.rated: dict[tuple[int, str, bool], tuple[Tensor, Tensor, int]] = {}
         self.counts: list[int] | None = None
 
-    def plan(self, count: int) -> Plan:
-        """For every layer, the methods that reduce in front of it, each with its step, for images of so many tokens."""
-        if count not in self._plans:
+    def plan(self, count: int, first: int) -> Plan:
+        """For every layer, the methods that reduce in front of it, each with its step, for images of so many tokens that had
+        `first` tokens before anything left."""
+        if (count, first) not in self._plans:
             steps: Plan = [[] for _ in range(self.depth)]
             left = count
             for method in self.methods:
-                for layer, step in enumerate(method.steps(left, self.depth)):
+                n = first if method.of_all else left
+                for layer, step in enumerate(method.steps(n, self.depth)):
                     if step is not None:
                         steps[layer].append((method, step))
-                left = max(1, method.promise(left, self.depth).count)  # where none is left, later steps do nothing
-            self._plans[count] = steps
-        return self._plans[count]
+                left = max(1, method.promise(n, self.depth).count)  # where none is left, later steps do nothing
+            self._plans[count, first] = steps
+        return self._plans[count, first]
 
     @property
     def steps(self) -> Plan:
-        return self.plan(self.start)
+        return self.plan(self.start, max(self.first))
 
     def attach(self) -> None:
         """Hook the layers from the first one in front of which something may leave."""
         view, run = self.prompt.view, self.prompt.run
-        first = next((layer for layer, steps in enumerate(self.steps) if steps), None)
-        if first is None:
+        acting = [layer for layer, steps in enumerate(self.steps) if steps]
+        if not acting:
             return
+        first = min([*acting, *(layer for method in self.methods if (layer := method.shrinks(self.depth)) is not None)])
         listened: dict[int, set[Need]] = {}
         for at, steps in enumerate(self.steps):
             for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
                 listened.setdefault(self._read_at(need, at), set()).add(need)
-        rated = any(isinstance(need, TextAttention) for needs in listened.values() for need in needs)
+        asked = [need for needs in listened.values() for need in needs]
+        rated = {need.raters for need in asked if isinstance(need, TextAttention)}
         run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
         for number, layer in enumerate(view.layers):
-            if number in listened:
-                run.taps.listen(view.attention(layer), _Listener(self, number, listened[number]))
+            here = listened.get(number, set())
+            if any(isinstance(need, LastAttention | LastSimilarity | LayerValues | PageRank | TextAttention) for need in here):
+                run.taps.listen(view.attention(layer), _Listener(self, number, here))
+            tops = {need.top for need in here if isinstance(need, Neurons | NeuronCounts)}
+            if tops:
+                run.hook(view.gated(layer).down.register_forward_pre_hook(functools.partial(self._fire, number, tops)))
             if number >= first:
                 run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
 
@@ -160,19 +182,25 @@ class LayerSite:
     def _read_at(need: Need, layer: int) -> int:
         return layer - 1 if need.layer is None else need.layer
 
-    def _fresh(self, rated: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.prompt.stage = self.raters = None
-        self.heard.clear()
+    def _fire(self, number: int, tops: set[float], module: nn.Module, args: tuple) -> None:
+        """The gated activations of a layer's MLP are on their way into its last projection."""
+        if self.prompt.flow is not None:
+            with self.prompt.run.clock.measure("selection"):
+                self.fired.update({(number, top): neurons.positive(args[0], top) for top in tops})
+
+    def _fresh(self, rated: set[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.prompt.stage = None
+        for old in (self.heard, self.fired, self.rated, self.raters):
+            old.clear()  # type: ignore[attr-defined]
         if self.prompt.scene is not None:
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
-        self.rated.clear()
-        mask, length = kwargs.get("attention_mask"), kwargs["inputs_embeds"].shape[1] if self.prompt.flow is not None else 0
-        self.real = mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else None
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
-                self.raters = Raters.choose(prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                seen = (prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                self.raters.update({which: Raters.choose(*seen, which) for which in rated})
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
+        self.first = [NOMINAL] if prompt.flow is None else prompt.flow.first
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
     def _in_front(self, number: int) -> Any:
@@ -180,8 +208,8 @@ class LayerSite:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.steps[number] and self.prompt.flow is not None:
                 hidden = self._thin(number, hidden, kwargs)
-            elif self.steps[number]:
-                self._pass(number)
+            else:
+                self._pass(number, hidden)
             if self.prompt.stage is None:
                 return None
             kwargs = {**kwargs, **self.prompt.stage.fit(kwargs, hidden)}
@@ -189,11 +217,17 @@ class LayerSite:
 
         return hook
 
-    def _pass(self, number: int) -> None:
-        """No pictures in this forward: all new tokens stay, the cache's earlier columns are what they are."""
-        kept = self.prompt.memory.layers.get(number)
-        if kept is not None:
-            self.prompt.stage = Stage(self.prompt, kept)
+    def _pass(self, number: int, hidden: Tensor) -> None:
+        """Nothing leaves here, but this layer's cache may hold fewer of the earlier columns than the one before it."""
+        prompt = self.prompt
+        kept, cut = prompt.memory.layers.get(number), None
+        if kept is None:
+            return
+        if prompt.flow is not None:
+            cut = None if prompt.stage is None else prompt.stage.cut
+            kept = kept.extended(prompt.held, prompt.total - prompt.held, Cut.nothing(hidden) if cut is None else cut)
+            prompt.memory.layers[number] = kept
+        prompt.stage = Stage(prompt, kept, cut)
 
     def _thin(self, number: int, hidden: Tensor, kwargs: dict) -> Tensor:
         """Let the methods of this layer decide, and go on with what they leave."""
@@ -208,10 +242,8 @@ class LayerSite:
             return hidden
         made = Cut.nothing(hidden) if made is None else made
         hidden = gather(hidden, made.index)
-        prompt.left = made if prompt.left is None else prompt.left.then(made)
-        if prompt.last is not None:
-            prompt.last = (made.index == prompt.last[:, None]).to(torch.uint8).argmax(1)
-        cut = made if self.prompt.stage is None or self.prompt.stage.cut is None else self.prompt.stage.cut.then(made)
+        prompt.cut(made)
+        cut = made if prompt.stage is None or prompt.stage.cut is None else prompt.stage.cut.then(made)
         kept = (whole(prompt.held, hidden) if known is None else known).extended(prompt.held, new, cut)
         prompt.memory.layers[number] = kept
         self.prompt.stage = Stage(prompt, kept, cut)
@@ -223,9 +255,10 @@ class LayerSite:
         if self.counts is None:
             return None
         left = []
-        for count in self.counts:
+        for count, first in zip(self.counts, self.first, strict=True):
             for earlier in itertools.takewhile(lambda each: each is not method, self.methods):
-                count = max(1, earlier.promise(count, self.depth).count)
+                count = max(1, earlier.promise(first if earlier.of_all else count, self.depth).count)
+            count = first if method.of_all else count
             for step in method.steps(count, self.depth)[: number + 1]:
                 keep = None if step is None else getattr(step, "keep", None)
                 if step is not None and keep is None:  # its steps find their own counts
@@ -239,16 +272,29 @@ class LayerSite:
         if ahead is not None and is_ahead(need):
             return ahead.signal(need)
         assert self.prompt.flow is not None
-        found = self.heard.get((self._read_at(need, number), need))
+        found, flow = self.heard.get((self._read_at(need, number), need)), self.prompt.flow
         if found is not None:
-            signal = found.over(self.prompt.flow)
+            signal = found.over(flow)
             return signal if need.heads else signal.movedim(1, -1) if isinstance(need, LayerValues) else signal[:, 0]
         if isinstance(need, PromptNumber):
-            return prompt_number(self.prompt.flow)
+            return prompt_number(flow)
         if isinstance(need, TextAttention):
-            rated, columns, length = self.rated[self._read_at(need, number)]
-            at = columns.gather(1, self.prompt.flow.scene.rows.slot)
+            rated, columns, length = self.rated[self._read_at(need, number), need.raters, need.peak]
+            at = columns.gather(1, flow.scene.rows.slot)
             return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
+        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
+        sample, column = at // flow.length, at % flow.length
+        if isinstance(need, Entered):
+            return torch.tensor(self.counts or [self.start] * len(at), device=at.device)[:, None]
+        if isinstance(need, NeuronCounts):
+            return neurons.counts(self.fired[self._read_at(need, number), need.top], self.prompt.real)[sample[:, 0]]
+        if isinstance(need, Neurons):
+            fired = self.fired[self._read_at(need, number), need.top]
+            if need.token is None:
+                return fired[sample, column]
+            last = self.prompt.last
+            last = torch.full_like(sample[:, 0], fired.shape[1] - 1) if last is None else last[sample[:, 0]]
+            return fired[sample[:, 0], (last + 1 - need.token).clamp(min=0)]
         return self.prompt.encoded(need, 0)
 
     def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
@@ -279,6 +325,7 @@ class _Listener(Listener):
     def __init__(self, site: LayerSite, number: int, needs: set[Need]) -> None:
         self.site, self.number, self.needs = site, number, needs
         self.kinds = set(map(type, needs))
+        self.text = [need for need in needs if isinstance(need, TextAttention)]
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         prompt = self.site.prompt
@@ -286,10 +333,12 @@ class _Listener(Listener):
             return
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
-            if self.site.raters is not None and TextAttention in self.kinds:
-                cut = None if prompt.stage is None else prompt.stage.cut
-                rated = self.site.raters.attention(query, key, mask, scale, prompt.flow, cut)[:, past:]
-                self.site.rated[self.number] = (rated, prompt.flow.columns, prompt.flow.length)
+            cut = None if prompt.stage is None else prompt.stage.cut
+            for which in {need.raters for need in self.text}:
+                peaks = any(need.peak for need in self.text if need.raters == which)
+                both = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut, peaks)
+                for peak, seen in enumerate(both):
+                    self.site.rated[self.number, which, bool(peak)] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
             for need in self.needs:
                 if isinstance(need, LayerValues):
                     self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
@@ -317,14 +366,8 @@ class _Listener(Listener):
         """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
         batch, heads, length, _ = query.shape
         past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
-        stage, real = self.site.prompt.stage, self.site.real
-        cut = None if stage is None else stage.cut
-        if real is None:
-            real = query.new_ones(batch, length, dtype=torch.bool)
-        elif cut is not None:
-            real = real.gather(1, cut.index)
-        if cut is not None and cut.valid is not None:
-            real = real & cut.valid
+        real = self.site.prompt.real
+        real = query.new_ones(batch, length, dtype=torch.bool) if real is None else real
 
         def rows(begin: int, stop: int) -> Tensor:
             keys = key[:, :, : past + stop]

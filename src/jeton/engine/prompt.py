@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..method import Method, Need
+from ..method import Carried, Method, Need
 from ..models import VisionLanguage
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderSite, behind
@@ -25,7 +25,9 @@ class Prompt:
     held, total: columns the entrance's cache holds before and after this forward. ids: position ids of what came through the
     entrance. last: (B,) column of each sample's last real token, None for the last one. left: the columns that are left of this
     forward's, None while none is gone. past, new, mask: columns of the unreduced conversation before this forward and in it, and
-    its 2-D attention mask. stage: what the language model's layers hold from the last reducing one on, None for everything.
+    its 2-D attention mask. stage: what the language model's layers hold from the last reducing one on, None for everything. real:
+    (B, L) which of the columns at hand are no padding, None if all are. decoding: this forward brings single tokens that continue
+    a cache.
     """
 
     def __init__(self, run: Run, view: VisionLanguage, encoder: EncoderSite) -> None:
@@ -37,10 +39,22 @@ class Prompt:
         self.last: Tensor | None = None
         self.held = self.total = 0
         self.left: Cut | None = None
+        self.real: Tensor | None = None
+        self.decoding = False
         self.cache: Any = None
         self.past = self.new = 0
         self.mask: Tensor | None = None
         self.stage: Stage | None = None
+
+    def cut(self, made: Cut) -> None:
+        """Columns of this forward are leaving in front of a layer."""
+        self.left = made if self.left is None else self.left.then(made)
+        if self.last is not None:
+            self.last = (made.index == self.last[:, None]).to(torch.uint8).argmax(1)
+        if self.real is not None:
+            self.real = self.real.gather(1, made.index)
+        if made.valid is not None:
+            self.real = made.valid if self.real is None else self.real & made.valid
 
     def tokens(self, features: Tensor) -> Tokens:
         """The remaining visual tokens with these features (R, K, D)."""
@@ -87,11 +101,13 @@ class Prompt:
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(site, method, tokens, reduction)
         if reduction.is_identity:
+            self._carry(method, reduction, tokens.prefix)
             return tokens
         after = reduction.apply(tokens)
         before = scene.rows
         scene.rows = _seat(reduction, tokens, before, after.mask) if tokens.prefix else Rows(after.origin, after.mask)
         scene.trail.append(Step(before, reduction, tokens.prefix, scene.rows))
+        self._carry(method, reduction, tokens.prefix)
         mixed = tokens.size is not None or not reduction.is_drop
         place = scene.album.place.gather(scene.rows.slot)
         return Tokens(after.features, after.mask, scene.rows.slot, after.weight if mixed else None, place=place)
@@ -103,6 +119,8 @@ class Prompt:
         assert scene is not None
         if need in scene.given:
             return scene.given[need]
+        if isinstance(need, Carried):
+            return in_front(scene.scores[need.of].gather(1, scene.rows.slot), prefix, need)
         if need not in scene.signals:  # the encoder has just run
             scene.signals[need] = self.encoder.flat(need)
         flat = padded(scene.signals[need])
@@ -113,6 +131,15 @@ class Prompt:
         count = (~none).sum(2).clamp(min=1)
         value = parts.sum(2) / count.reshape(*count.shape, *(1,) * (parts.dim() - 3))
         return in_front(value, prefix, need)
+
+    def _carry(self, method: Method, reduction: Reduction, prefix: int) -> None:
+        """Keep the score a method hands on over all tokens of each image; padding, which repeats slots, is left out."""
+        if reduction.score is None:
+            return
+        assert self.scene is not None
+        rows, most, score = self.scene.rows, self.scene.album.source.shape[1], reduction.score[:, prefix:]
+        slot = rows.slot if rows.mask is None else rows.slot.masked_fill(~rows.mask, most)
+        self.scene.scores[method.card.id] = score.new_zeros(len(slot), most + 1).scatter(1, slot, score)[:, :most]
 
 
 def in_front(value: Tensor, prefix: int, need: Need) -> Tensor:

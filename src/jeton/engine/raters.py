@@ -26,8 +26,9 @@ class Raters:
     most: int
 
     @classmethod
-    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None) -> Raters:
-        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model."""
+    def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, which: str = "relevant") -> Raters:
+        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model. `which` of the text
+        behind an image rates it: what is "relevant", or "all" of it."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
         here = torch.arange(length, device=device)
@@ -38,11 +39,17 @@ class Raters:
         for number, count in zip(layout.sample, layout.album.counts, strict=True):
             shown[number] += count
         most = min(length, layout.length - min(shown))
-        return cls(text, _weights(flow, embeds, behind, _first(text, most)[sample]), sample, most)
+        weight = behind.float() / behind.sum(1, keepdim=True).clamp(min=1)
+        if which == "relevant":
+            weight = _weights(flow, embeds, behind, _first(text, most)[sample])
+        return cls(text, weight, sample, most)
 
-    def attention(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, flow: Flow, cut: Cut | None) -> Tensor:
-        """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads and raters, a slab of text at
-        a time. An image without text behind it is rated by the last token that is left of its prompt."""
+    def attention(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, flow: Flow, cut: Cut | None, peaks: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads, a slab of text at a time: the
+        mean over raters, and with `peaks` the largest. An image without text behind it is rated by the last token that is left of
+        its prompt."""
         text, weight = self.text, self.weight
         if cut is not None:
             text, weight = text.gather(1, cut.index), weight.gather(1, cut.index[self.sample])
@@ -55,14 +62,18 @@ class Raters:
         weight = torch.cat([weight, (weight.sum(1, keepdim=True) == 0).float()], 1)
         columns = torch.cat([columns, last], 1)
         everyone = torch.arange(query.shape[0], device=query.device)
-        past, out = key.shape[2] - query.shape[2], torch.zeros(weight.shape[0], key.shape[2], device=query.device)
+        past = key.shape[2] - query.shape[2]
+        mean = peak = torch.zeros(weight.shape[0], key.shape[2], device=query.device)
         for start in range(0, columns.shape[1], SLAB):
             part = slice(start, start + SLAB)
             seen = row_mask(mask, key, past, everyone, columns[:, part])
             rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen).mean(1)
             rows = rows.masked_fill(~real[:, part, None], 0)  # a row of padding may see no key at all
-            out = out + (weight[:, None, part] @ rows[self.sample])[:, 0]
-        return out
+            rows, share = rows[self.sample], weight[:, None, part]
+            mean = mean + (share @ rows)[:, 0]
+            if peaks:
+                peak = torch.maximum(peak, rows.masked_fill(share.mT == 0, 0).amax(1))
+        return mean, peak
 
 
 def _first(chosen: Tensor, k: int) -> Tensor:

@@ -25,6 +25,7 @@ from ..method import (
 )
 from ..models import Encoder, VisionLanguage, adapt
 from ..tokens import Reduction, Tokens
+from .cache import CacheSite
 from .clock import Clock
 from .costs import Costs
 from .encoder import EncoderSite
@@ -37,6 +38,7 @@ from .outlet import Outlet
 from .projector import ProjectorSite
 from .prompt import Prompt
 from .report import Report
+from .rules import RuleSite
 from .tap import Taps
 from .virtual import VirtualSite
 
@@ -98,6 +100,7 @@ class Run:
         self._undo: list[Callable[[], None]] = []
         self._inside = self._ahead = False
         self.outlet: Outlet | None = None
+        self.rules: RuleSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
         late: set[Need] = {
             need
@@ -140,6 +143,9 @@ class Run:
         LayerSite(prompt, layered).attach()
         if self.virtual:
             VirtualSite(prompt).attach()
+        CacheSite(prompt, self.methods).attach()
+        self.rules = RuleSite(prompt, self.methods)
+        self.rules.attach()
         Loss(prompt).attach()
 
     def remove(self) -> None:
@@ -210,7 +216,7 @@ class Run:
                 self._refuse(
                     method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
                 )
-            if method.site == "layer" and not language:
+            if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
             if leaves and isinstance(self.view, VisionLanguage) and self.view.mixes:

@@ -1,1 +1,4 @@
-"""What a reduction costs and what it keeps: data, accuracy, time, comparison, report and pictures."""
+"""What a reduction costs and what it keeps: data, accuracy, time, comparison, report and pictures; and systems that measure
+tokens or models: `lastde` tells machine-written text, `reagent` what a prediction rests on."""
+
+SYSTEMS = ("lastde", "reagent")

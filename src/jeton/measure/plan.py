@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..method import SITES, Method, check_keep, get, methods
+from ..method import Method, check_keep, get, reducers
 from ..method import Sequence as Chain
 from ..registry import Card
 
 CONTROLS = ("random", "uniform", "pool", "downsample")
 KEEP: tuple[int | float, ...] = (0.25, 0.1, 0.05)
-_AMOUNTS = ("keep", "r", "ratio", "dominant")  # fields by which a spec says how much it keeps
+# fields by which a spec says how much it keeps
+_AMOUNTS = ("keep", "r", "ratio", "ratios", "dominant", "schedule", "calibration")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def budget(keep: int | float | None) -> str:
 
 def comparable() -> list[Card]:
     """The registered methods that reduce visual tokens and need no training, controls first."""
-    cards = [card for card in methods() if card.training_free and getattr(card.object, "site", None) in SITES]
+    cards = [card for card in reducers() if card.training_free]
     return sorted(cards, key=lambda card: CONTROLS.index(card.id) if card.id in CONTROLS else len(CONTROLS))
 
 

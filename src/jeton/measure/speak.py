@@ -53,6 +53,18 @@ class Speaker:
         )
         return inputs.to(self.model.device, self.model.dtype)
 
+    def answered(self, question: Question) -> Any:
+        """One question with its first accepted answer behind it, and the answer's tokens as `labels`: an input for `tune`."""
+        prompt = self.prompt(question.text)
+        text = prompt + ("" if prompt[-1:].isspace() else " ") + question.answers[0]
+        specials = self._specials(prompt)
+        inputs = self.processor(images=[question.image], text=[text], return_tensors="pt", **specials)
+        lengths = [len(self.tokenizer(each, **specials)["input_ids"]) for each in (prompt, text)]
+        labels = inputs["input_ids"].clone()
+        labels[:, : lengths[0] - lengths[1]] = -100
+        inputs["labels"] = labels
+        return inputs.to(self.model.device, self.model.dtype)
+
     @torch.inference_mode()
     def ask(self, inputs: Any, max_new_tokens: int) -> Turn:
         """The model's greedy answers to a batch of first questions."""

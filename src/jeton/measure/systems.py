@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _SITES = {
     "encoder": "after the encoder, before the projector, of encoders alone and in vision-language models",
     "entry": "at the language model's entrance, in prefill",
     "layer": "inside the language model",
+    "rule": "on how the language model's layers run",
 }
 
 _SIGNALS = {
@@ -29,6 +31,8 @@ _SIGNALS = {
     "ReceivedAttention": "the attention each token receives",
     "MeanAttention": "the attention of the mean query",
     "ClassSimilarity": "the similarity of values to the class token's",
+    "AnchorAttention": "the attention each token receives from those that receive most",
+    "PatchEntropy": "the entropy of each patch's grey values",
     "Keys": "attention keys",
     "Values": "attention values",
     "LastAttention": "the attention of the prompt's last token",
@@ -39,6 +43,9 @@ _SIGNALS = {
     "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",
     "PixelVariance": "how much the pixels of each token vary",
+    "Entered": "how many tokens entered the language model",
+    "Neurons": "which MLP neurons each token activates",
+    "NeuronCounts": "how many tokens activate each MLP neuron",
 }
 
 
@@ -46,6 +53,8 @@ def describe(card: Card) -> str:
     """One system in full: card, idea, fields, needs and places."""
     idea = [" ".join(part.split()) for part in (inspect.getdoc(card.object) or "").split("\n\n")]
     facts = [*_facts(card), "Needs no training." if card.training_free else "Needs training."]
+    if card.headline:
+        facts.append(f"Its authors: {card.headline}.")
     parts = [f"{card.id}: {card.title} ({card.year}, {card.source})", *idea, f"Fields:\n{_fields(card)}", "\n".join(facts)]
     return "\n\n".join(parts)
 
@@ -62,7 +71,9 @@ def _fields(card: Card) -> str:
         fields = [field for field in dataclasses.fields(card.object) if field.init]
         lines = [f"  {field.name} = {_default(field)}  ({field.type})" for field in fields]
     else:
-        asked = inspect.signature(card.object).parameters.values()
+        # a base may have a __new__ that takes anything
+        made: Any = card.object.__dict__.get("__init__", card.object) if isinstance(card.object, type) else card.object
+        asked = inspect.signature(made).parameters.values()
         lines = ["  " + str(one).replace("'", "") for one in asked if one.name != "self"]
     return "\n".join(lines) or "  none"
 
@@ -82,13 +93,49 @@ def needs(card: Card) -> list[str]:
 
 def table() -> str:
     """Every method in one Markdown table, controls first, then in the order of a token's life."""
-    sites = list(_SITES)
-    cards = sorted(methods(), key=lambda card: (card.id not in CONTROLS, sites.index(card.object.site), card.year, card.id))
     lines = ["| id | site | reads | source |", "|---|---|---|---|"]
-    for card in cards:
-        source = card.source if card.source == "control" else f"{card.title} ({card.year}), {card.source}"
-        lines.append(f"| `{card.id}` | {card.object.site} | {'; '.join(needs(card)) or 'tokens only'} | {source} |")
+    for card in _ordered():
+        lines.append(f"| `{card.id}` | {card.object.site} | {'; '.join(needs(card)) or 'tokens only'} | {_source(card)} |")
     return "\n".join(lines)
+
+
+def wide_table(measured: dict[str, Any] | None) -> str:
+    """The same with where methods work, what their authors claim and what a comparison measured."""
+    found: dict[tuple[str, float], str] = {}
+    for row in [] if measured is None else measured["rows"]:
+        if row["reason"] is None:
+            found[re.split(r"\W", row["method"].replace("-", "_"))[0], row["keep"]] = f"{row['accuracy']:.3f}"
+    lines = ["| id | acts | works on | the authors' headline | accuracy at 25 % / 10 % |", "|---|---|---|---|---|"]
+    for card in _ordered():
+        here = [found.get((card.id.replace("-", "_"), keep), "") for keep in (0.25, 0.1)]
+        shown = " / ".join(each or "-" for each in here) if any(here) else ""
+        lines.append(f"| [`{card.id}`](#{card.id}) | {card.object.site} | {works(card)} | {card.headline} | {shown} |")
+    return "\n".join(lines)
+
+
+def works(card: Card) -> str:
+    """Where a method can be applied, as it is by default; what a model lacks is refused with a sentence."""
+    method = card.object()
+    kinds = {type(need).__name__ for part in method.parts() for need in part.needs().values()}
+    if "Given" in kinds or card.id == "holitom":
+        return "vision-language models, made for videos"
+    where = "vision-language models"
+    if method.site in ("pixels", "block", "encoder") and all(part.site != "layer" for part in method.parts()):
+        where = "encoders and vision-language models"
+    if kinds & {"ClassAttention", "ClassSimilarity"}:
+        where += " with a class token"
+        if any(item.name == "score" for item in dataclasses.fields(method)):
+            where += ', others with score="received"'
+    return where
+
+
+def _ordered() -> list[Card]:
+    sites = list(_SITES)
+    return sorted(methods(), key=lambda card: (card.id not in CONTROLS, sites.index(card.object.site), card.year, card.id))
+
+
+def _source(card: Card) -> str:
+    return card.source if card.source == "control" else f"{card.title} ({card.year}), {card.source}"
 
 
 def others() -> str:
@@ -96,22 +143,38 @@ def others() -> str:
     cards = sorted((card for card in systems() if not _reduces(card)), key=lambda card: (card.family, card.year, card.id))
     if not cards:
         return ""
-    lines = ["| id | family | where | source |", "|---|---|---|---|"]
+    lines = ["| id | family | where | the authors' headline | source |", "|---|---|---|---|---|"]
     for card in cards:
         where = f"{card.object.__module__}.{card.object.__name__}"
-        lines.append(f"| `{card.id}` | {card.family} | `{where}` | {card.title} ({card.year}), {card.source} |")
+        lines.append(f"| [`{card.id}`](#{card.id}) | {card.family} | `{where}` | {card.headline} | {_source(card)} |")
     return "\n".join(lines)
 
 
-def page() -> str:
+def page(measured: dict[str, Any] | None = None) -> str:
     """docs/systems.md: every system with its idea and fields."""
-    parts = ["# Systems", "Written by `python -m jeton.measure.systems` from the registry; do not edit.", table(), others()]
+    parts = [
+        "# Systems",
+        "Written by `python -m jeton.measure.systems` from the registry; do not edit.",
+        "## Methods",
+        _about(measured),
+    ]
+    parts += [wide_table(measured), "## Other systems", others()]
     for card in systems():
         lines = [
             textwrap.fill(line, 110, subsequent_indent=" " * 4 if line[:1] == " " else "") for line in describe(card).split("\n")
         ]
         parts += [f"## {card.id}", "```text\n" + "\n".join(lines) + "\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return ""
+    full = measured["rows"][0]
+    return (
+        f"Accuracy is that of {measured['model']} on {measured['settings']['questions']} questions, {full['accuracy']:.3f} with all "
+        "tokens (benchmarks/results/compare.json); the authors' headlines are theirs, on their models and data."
+    )
 
 
 def results(measured: dict[str, Any]) -> str:
@@ -149,7 +212,8 @@ def write(root: Path) -> list[Path]:
     if measured.exists():
         text = between(text, "results", results(json.loads(measured.read_text(encoding="utf-8"))))
     readme.write_text(text, encoding="utf-8")
-    systems.write_text(page(), encoding="utf-8")
+    found = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
+    systems.write_text(page(found), encoding="utf-8")
     return [readme, systems]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layout import Geometry
 from ..method import Unsupported
-from ..ops.pixels import cut
+from ..ops.pixels import cut, grey
 
 Inputs = Mapping[str, Any]
 
@@ -37,13 +37,24 @@ class Parts:
     drop2: Callable[..., Tensor] = _same
 
 
+@dataclass(frozen=True)
+class Gated:
+    """The pieces of a gated MLP: ``down(act(gate(x)) * up(x))``."""
+
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+
+
 class Encoder:
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as
-    pixels. pooling: the head that is handed a token mask as its second argument, where there is one.
+    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that
+    is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor
+    normalises pixels unless told otherwise.
     """
 
     prefix: int = 0
@@ -52,6 +63,8 @@ class Encoder:
     groups: bool = False
     resizable: bool = True
     pooling: nn.Module | None = None
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -92,6 +105,11 @@ class Encoder:
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixel values of each patch by channel (..., C, V), for pixel values as the encoder takes them."""
         return cut(pixels, self.patch_size)
+
+    def grey(self, inputs: Inputs, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Tensor:
+        """(B, N, V) the grey values 0..255 of every patch, de-normalised; B is 1 where the encoder is packed."""
+        patches = self.patches(inputs["hidden_states"])[None] if self.packed else self.patches(inputs["pixel_values"])
+        return grey(patches, self.pixel_mean if mean is None else mean, self.pixel_std if std is None else std)
 
     def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
         """Inputs of a packed encoder for the patches numbered `kept` alone, ascending, whole merge groups; each at its original
@@ -169,6 +187,37 @@ class VisionLanguage:
     def _rotate(self, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
         rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(self.attention(layer)).__module__].apply_rotary_pos_emb
         return rotate
+
+    def keys_values(self, layer: nn.Module, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """k after RoPE and v (B, Hk, L, d) of a layer, from its normed hidden states."""
+        attention = self.attention(layer)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
+        k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        k = k.transpose(1, 2)
+        return rotate(k, k, cos, sin)[1], v.transpose(1, 2)
+
+    def parts(self, layer: nn.Module) -> Parts:
+        """The pieces of a pre-norm decoder layer."""
+        names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        if any(not hasattr(layer, name) for name in names) or hasattr(layer, "post_feedforward_layernorm"):
+            raise Unsupported(
+                f"{self.name} has decoder layers of its own kind ({type(layer).__name__}), whose halves jeton cannot tell apart; "
+                f"use a method that only removes tokens, e.g. fastv."
+            )
+        return Parts(*(getattr(layer, name) for name in names))
+
+    def gated(self, layer: nn.Module) -> Gated:
+        """The pieces of a layer's gated MLP."""
+        mlp = self.parts(layer).mlp
+        names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+        if any(not hasattr(mlp, name) for name in names):
+            raise Unsupported(
+                f"{self.name} has no gated MLP with separate gate and up projections ({type(mlp).__name__}), so its neurons "
+                f"cannot be read; use a method that reads attention, e.g. fastv."
+            )
+        return Gated(*(getattr(mlp, name) for name in names))
 
     @property
     def rotary(self) -> nn.Module:

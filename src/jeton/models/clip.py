@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
 from .base import Encoder, Inputs, Parts, adapter
@@ -22,6 +23,8 @@ class _Tower(Encoder):
 class Clip(_Tower):
     prefix = 1
     has_class = True
+    pixel_mean = tuple(OPENAI_CLIP_MEAN)
+    pixel_std = tuple(OPENAI_CLIP_STD)
 
 
 @adapter("SiglipVisionModel")

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
 from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
@@ -14,9 +15,10 @@ from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
 @adapter("Qwen2VisionTransformerPretrainedModel")
 class Qwen2Tower(Encoder):
     packed = True
-    groups = (
-        find_spec("transformers.vision_utils") is not None
-    )  # since then a tower takes positions and sequence ends as arguments
+    pixel_mean = tuple(OPENAI_CLIP_MEAN)
+    pixel_std = tuple(OPENAI_CLIP_STD)
+    # since then a tower takes positions and sequence ends as arguments
+    groups = find_spec("transformers.vision_utils") is not None
 
     @property
     def blocks(self) -> list[nn.Module]:

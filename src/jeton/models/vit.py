@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .base import Encoder, Parts, adapter
 
@@ -27,11 +28,16 @@ class DeiT(ViT):
     """A ViT with a distillation token beside the class token."""
 
     prefix = 2
+    pixel_mean = tuple(IMAGENET_DEFAULT_MEAN)
+    pixel_std = tuple(IMAGENET_DEFAULT_STD)
 
 
 @adapter("Dinov2Model")
 class Dinov2(ViT):
     """Layer scale and stochastic depth around each half of the block."""
+
+    pixel_mean = tuple(IMAGENET_DEFAULT_MEAN)
+    pixel_std = tuple(IMAGENET_DEFAULT_STD)
 
     def parts(self, block: nn.Module) -> Parts:
         return Parts(

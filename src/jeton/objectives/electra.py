@@ -31,6 +31,7 @@ class Corrupted:
     source="arXiv:2003.10555",
     family="objective",
     stage="pre-training",
+    headline="ELECTRA-Small: GLUE 79.9 after four days on one GPU, above GPT",
     training_free=False,
 )
 class Electra(nn.Module):

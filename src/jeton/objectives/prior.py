@@ -47,6 +47,7 @@ def prior_weights(
     source="arXiv:2505.08971",
     family="objective",
     stage="pre-training",
+    headline="+19 % with and +8 % without a vision encoder, relative to next-token prediction",
     training_free=False,
 )
 class Prior(nn.Module):

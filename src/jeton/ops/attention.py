@@ -32,16 +32,38 @@ def received(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | No
 
     `mask` (B, N) is true where a token is real. Queries are taken `slab` at a time, so no N x N map is stored.
     """
+    n = q.shape[2]
+    queries = n if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
+    return _given(q, k, scale, mask, mask, slab) / queries
+
+
+def anchored(
+    q: Tensor, k: Tensor, threshold: float, scale: float | None = None, mask: Tensor | None = None, slab: int = 128
+) -> Tensor:
+    """(B, N) float32: the attention each token receives from the anchors, averaged over them and over heads.
+
+    Anchors receive more than `threshold` times the mean of `received`; where none does, all real tokens are anchors. Two passes,
+    `slab` queries at a time.
+    """
+    score = received(q, k, scale, mask, slab)
+    real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
+    mean = score.masked_fill(~real, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+    anchor = real & (score > threshold * mean)
+    anchor = torch.where(anchor.any(1, keepdim=True), anchor, real)
+    return _given(q, k, scale, mask, anchor, slab) / anchor.sum(1, keepdim=True).clamp(min=1)
+
+
+def _given(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, queries: Tensor | None, slab: int) -> Tensor:
+    """(B, N) the attention that the queries (B, N) give to each token, summed over them and averaged over heads."""
     b, h, n, _ = q.shape
     total = torch.zeros(b, n, dtype=torch.float32, device=q.device)
     keys = None if mask is None else mask[:, None, None, :]
     for start in range(0, n, slab):
         part = rows(q[:, :, start : start + slab], k, scale, keys)
-        if mask is not None:  # where, not times: a row without any real key is NaN
-            part = part.masked_fill(~mask[:, None, start : start + slab, None], 0)
+        if queries is not None:  # where, not times: a row without any real key is NaN
+            part = part.masked_fill(~queries[:, None, start : start + slab, None], 0)
         total = total + part.sum((1, 2))
-    queries = n if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
-    return total / (h * queries)
+    return total / h
 
 
 def bias(size: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

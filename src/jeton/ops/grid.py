@@ -109,3 +109,29 @@ def _off_middle(x: Tensor, cell: Tensor, parts: Tensor, length: Tensor) -> Tenso
     first = -(-cell * length // parts)
     last = -(-(cell + 1) * length // parts) - 1
     return (2 * x - first - last) ** 2
+
+
+def squares(place: Place, side: float, stitched: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, N) the number of the square of `side` x `side` tokens in which each token lies: floor(row / side), floor(col / side) of
+    its picture. `side` need not be whole. Where `stitched` (B, 1), crops form one map, whose real part begins at 0.
+
+    The numbers are below N; tokens of no picture share one for themselves, as does padding.
+    """
+    real = place.unit >= 0 if mask is None else mask & (place.unit >= 0)
+    crop = stitched & (place.unit > 0) & real
+    row, col = place.row, place.col
+    if place.crop_row is not None and place.crop_col is not None:
+        row = row + torch.where(crop, place.crop_row * place.height, 0)
+        col = col + torch.where(crop, place.crop_col * place.width, 0)
+    row, col = (x - torch.where(crop, x.masked_fill(~crop, 2**31).amin(1, keepdim=True), 0) for x in (row, col))
+    sheet = torch.where(crop, 1, place.unit).masked_fill(~real, -1)
+    down, across = ((x.double() / side).floor().long().clamp(min=0) for x in (row, col))
+    return numbered(torch.where(real, (sheet * 2**20 + down) * 2**20 + across, -1))
+
+
+def numbered(key: Tensor) -> Tensor:
+    """(B, N) equal keys of a row (B, N) as equal numbers below N, in the order of the keys."""
+    order = key.argsort(dim=1, stable=True)
+    ordered = key.gather(1, order)
+    new = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0))
+    return torch.empty_like(order).scatter(1, order, new.cumsum(1))

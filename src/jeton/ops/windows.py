@@ -1,61 +1,63 @@
-"""Square grids of features (B, H·W, D), row by row: their windows, pooled and resized; and waves that tell where a cell is."""
+"""Square windows of a picture: how alike the tokens of each are, and which windows merge into one token.
+
+Letters: s side of a window, W windows, D width.
+"""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ..place import Place
+from .ranking import rank
+from .similarity import normalise
 
 
-def side(cells: int) -> int:
-    """The side of a square grid of so many cells."""
-    root = math.isqrt(cells)
-    if root * root != cells:
-        raise ValueError(f"{cells} features are no square grid; drop the class token, and use square pictures.")
-    return root
+def windows(place: Place, side: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """(B, N) number of the s x s window each token stands in, (B, N) true at the middle token of a window, and W, the most
+    windows a row can have. Rows and columns beyond the last whole window, tokens of no picture and padding stand in none (-1).
+
+    A row is one picture, listed row by row.
+    """
+    high, wide = place.height // side, place.width // side
+    row, col = place.row // side, place.col // side
+    out = (place.unit < 0) | (row >= high) | (col >= wide)
+    out = out if mask is None else out | ~mask
+    number = (row * wide + col).masked_fill(out, -1)
+    middle = (place.row % side == side // 2) & (place.col % side == side // 2) & ~out
+    if place.shape is None:
+        return number, middle, place.unit.shape[1] // side**2
+    return number, middle, (place.shape[0] // side) * (place.shape[1] // side)
 
 
-def windows(x: Tensor, size: int) -> Tensor:
-    """(B, H·W, D) to (B, h·w, size², D): the windows of size x size cells row by row, the cells of each row by row."""
-    whole = side(x.shape[1])
-    if whole % size:
-        raise ValueError(f"windows of {size} x {size} do not tile a grid of {whole} x {whole}.")
-    rows = x.unflatten(1, (whole // size, size, whole // size, size))
-    return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def alike(x: Tensor, number: Tensor, count: int, side: int) -> Tensor:
+    """(B, W) mean cosine between different tokens of each window; -inf where a row has no such window.
+
+    ``(|sum of unit vectors|² - s²) / (s² (s² - 1))`` is that mean, without a table of pairs.
+    """
+    own = number.masked_fill(number < 0, count)
+    unit = normalise(x)
+    total = unit.new_zeros(x.shape[0], count + 1, x.shape[2]).scatter_add(1, own[..., None].expand_as(unit), unit)
+    size = unit.new_zeros(x.shape[0], count + 1).scatter_add(1, own, torch.ones_like(unit[..., 0]))
+    area = side**2
+    mean = (total.square().sum(2) - area) / (area * (area - 1))
+    return mean.masked_fill(size != area, -torch.inf)[:, :count]
 
 
-def window_of(tokens: int, cells: int) -> int:
-    """Side of the windows that make `tokens` of a square grid of `cells`: sqrt(cells / tokens), which must be whole."""
-    size = math.isqrt(cells // tokens) if 0 < tokens <= cells else 0
-    if not size or size * size * tokens != cells:
-        whole = side(cells)
-        fitting = [(whole // d) ** 2 for d in range(1, whole + 1) if whole % d == 0]
-        raise ValueError(f"{cells} features cannot be pooled to {tokens} in square windows; choose one of {fitting}.")
-    return size
+def most_alike(likeness: Tensor, most: int | None = None, threshold: float | None = None) -> Tensor:
+    """(B, W) true for the windows at or above `threshold`, of these the `most` most alike; ties to the lowest."""
+    chosen = likeness > -torch.inf
+    if threshold is not None:
+        chosen = chosen & (likeness >= threshold)
+    return chosen if most is None else chosen & (rank(likeness) < most)
 
 
-def pool(x: Tensor, tokens: int | None) -> Tensor:
-    """(B, H·W, D) averaged in square windows to (B, tokens, D); x itself where nothing is to be pooled."""
-    if tokens is None or tokens == x.shape[1]:
-        return x
-    return windows(x, window_of(tokens, x.shape[1])).mean(2)
-
-
-def resize(x: Tensor, to: int, mode: str = "bilinear") -> Tensor:
-    """(B, H·W, D) interpolated to (B, to·to, D), in float32; no corners aligned, no antialiasing."""
-    picture = x.float().transpose(1, 2).unflatten(2, (side(x.shape[1]),) * 2)
-    return F.interpolate(picture, size=(to, to), mode=mode, align_corners=False).flatten(2).transpose(1, 2).to(x.dtype)
-
-
-def waves(grid: int, width: int) -> Tensor:
-    """(grid², width) 2-D sine and cosine positions, one half of the channels for the column, the other for the row: in each,
-    sin then cos of ``p / 10000^(4 i / width)``, i < width / 4."""
-    if width % 4:
-        raise ValueError(f"2-D sine and cosine positions need a width that is a multiple of 4, not {width}.")
-    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], 1)
-    columns, rows = line[None].expand(grid, -1, -1), line[:, None].expand(-1, grid, -1)
-    return torch.cat([columns, rows], 2).flatten(0, 1).float()
+def into_windows(number: Tensor, middle: Tensor, chosen: Tensor) -> Tensor:
+    """(B, N) the token each goes to: the middle of its window where that is among the chosen (B, W), else itself."""
+    count = chosen.shape[1]
+    here = torch.arange(number.shape[1], device=number.device).expand_as(number)
+    own = number.masked_fill(number < 0, count)
+    spare = torch.where(middle, own, count)
+    target = number.new_zeros(number.shape[0], count + 1).scatter(1, spare, here)
+    goes = torch.nn.functional.pad(chosen, (0, 1)).gather(1, own)
+    return torch.where(goes, target.gather(1, own), here)

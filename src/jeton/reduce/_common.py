@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
-from math import floor
 
 import torch
 from torch import Tensor
 
-from ..method import ClassAttention, Need, ReceivedAttention, Signals, check_keep
+from ..method import ClassAttention, Method, Need, ReceivedAttention, Signals, check_keep
 from ..ops import matching
 from ..ops.budget import count, counts
 from ..ops.selection import best_of_units, pack, top_k
@@ -74,11 +73,18 @@ def parity_pairs(tokens: Tokens, r: int, cap: object) -> matching.Pairs:
     return matching.by_parity(tokens.features, tokens.prefix, tokens.order, tokens.mask)
 
 
-def best(score: Tensor, tokens: Tokens, keep: int | float, signals: Signals | None = None) -> Reduction:
-    """Keep the highest `score` (B, N): `keep` of each row, or what the engine planned for it."""
+def planned(method: Method, tokens: Tokens) -> Tensor:
+    """(B, 1) what a method promises to leave of each row, by the row's own length."""
+    left = [method.promise(n).count if n else 0 for n in range(len(tokens) + 1)]
+    return torch.tensor(left, device=tokens.device)[tokens.count()][:, None]
+
+
+def best(score: Tensor, tokens: Tokens, keep: int | float, signals: Signals | None = None, most: int | None = None) -> Reduction:
+    """Keep the highest `score` (B, N): `keep` of each row, or what the engine planned for it. No row keeps more than the longest
+    one does, unless `most` says so."""
     if tokens.mask is None:
         return top_k(score, keep)
-    k, only = count(keep, len(tokens)), torch.zeros_like(tokens.origin)
+    k, only = count(keep, len(tokens)) if most is None else most, torch.zeros_like(tokens.origin)
     return pack(best_of_units(score, only, quota(signals, keep, tokens.count()[:, None]), tokens.mask), k, ragged=True)
 
 
@@ -97,7 +103,7 @@ def stages(who: str, layers: Sequence[int] | None, shares: Sequence[Fraction], d
     """The layers in front of which the stages stand, `behind` after those given, or after these shares of the depth. In a model
     too shallow to tell them apart several stages share a layer; no stage stands in front of layer 0."""
     if layers is None:
-        return [min(depth - 1, max(1, floor(depth * share + Fraction(1, 2)) + behind)) for share in shares]
+        return [min(depth - 1, max(1, (2 * depth * share.numerator // share.denominator + 1) // 2 + behind)) for share in shares]
     wrong = [layer for layer in layers if not 1 <= layer + behind < depth]
     if wrong:
         raise ValueError(

@@ -28,6 +28,7 @@ DEPTH = 28  # of the model for which the schedule was published
     source="arXiv:2412.03248",
     family="vlm",
     stage="layer",
+    headline="about 7 times fewer FLOPs at equal accuracy on video",
 )
 @dataclass(frozen=True)
 class AIM(Method):

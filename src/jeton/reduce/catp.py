@@ -25,6 +25,7 @@ READ = (Fraction(6, 32), Fraction(10, 32))  # the layers between which attention
     source="arXiv:2508.07871",
     family="vlm",
     stage="layer",
+    headline="77.8 % of image tokens removed in few-shot prompts, +0.6 % on average, 10.78 % less latency",
 )
 @dataclass(frozen=True)
 class CATP(Method):

@@ -15,6 +15,7 @@ from ..tokens import Reduction, Tokens
     source="arXiv:2503.02175",
     family="vlm",
     stage="entry",
+    headline="best average over 16 image and video sets at high pruning ratios",
 )
 @dataclass(frozen=True)
 class DivPrune(Method):

@@ -26,6 +26,7 @@ SCHEDULES = ("even", "linear", "reverse-linear")
     source="arXiv:2504.17040",
     family="vlm",
     stage="block",
+    headline="32 to 85 % fewer visual tokens at comparable performance",
 )
 @dataclass(frozen=True)
 class DyMU(Method):

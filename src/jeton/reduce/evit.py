@@ -25,6 +25,7 @@ Size = TypeVar("Size", int, Tensor)
     source="arXiv:2202.07800",
     family="vit",
     stage="block",
+    headline="DeiT-S 50 % faster for 0.3 points of ImageNet accuracy",
 )
 @dataclass(frozen=True)
 class EViT(Method):

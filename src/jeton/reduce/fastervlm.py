@@ -16,6 +16,7 @@ from ._common import attention, check_per, check_score, score_of
     source="arXiv:2412.01818",
     family="vlm",
     stage="encoder",
+    headline="about 90 % of the score of LLaVA-1.5-7B with 5 % of its visual tokens",
 )
 @dataclass(frozen=True)
 class FasterVLM(Method):

@@ -40,6 +40,7 @@ PICTURES = 5  # thumbnail and crops of the published any-resolution setting: tur
     source="arXiv:2505.19536",
     family="vlm",
     stage="block",
+    headline="+1.6 % over the best before it on LLaVA-1.5-7B at 88.9 % reduction, prefill 3.2 times faster",
 )
 @dataclass(frozen=True)
 class FlowCut(Method):

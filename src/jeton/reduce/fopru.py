@@ -22,6 +22,7 @@ from ._common import attention, check_score, score_of
     source="arXiv:2411.14164",
     family="vlm",
     stage="encoder",
+    headline="accuracy nearly unchanged on most sets with 25 % of the tokens",
 )
 @dataclass(frozen=True)
 class FoPru(Method):

@@ -23,6 +23,7 @@ from ._common import check_score, score_of
     source="arXiv:2501.05179",
     family="vlm",
     stage="encoder",
+    headline="over 90 % of performance with 10 % of the tokens, 9.1 % of the FLOPs",
 )
 @dataclass(frozen=True)
 class GlobalCom2(Method):

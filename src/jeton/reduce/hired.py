@@ -22,6 +22,7 @@ from ._common import score_of
     source="arXiv:2408.10945",
     family="vlm",
     stage="encoder",
+    headline="LLaVA-NeXT-7B with 20 % of the tokens: 4.7 times the throughput",
 )
 @dataclass(frozen=True)
 class HiRED(Method):

@@ -30,6 +30,7 @@ LAYER = Fraction(18, 28)
     source="arXiv:2505.21334",
     family="vlm",
     stage="layer",
+    headline="99.1 % of the performance of OneVision-7B at 6.9 % of its FLOPs, first token 2.28 times faster",
 )
 @dataclass(frozen=True)
 class HoliTom(Method):

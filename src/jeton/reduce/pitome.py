@@ -26,6 +26,7 @@ Size = TypeVar("Size", int, Tensor)
     source="arXiv:2405.16148",
     family="vit",
     stage="block",
+    headline="40 to 60 % of FLOPs saved at 0.5 points of accuracy on classification",
 )
 @dataclass(frozen=True)
 class PiToMe(Method):

@@ -22,6 +22,7 @@ from ._common import quota, read
     source="arXiv:2501.19339",
     family="vlm",
     stage="pixels",
+    headline="pixels help on multimodal sets and lose on reasoning and code; dropping blank patches saves much of the overhead",
 )
 @dataclass(frozen=True)
 class PixelWorld(Method):

@@ -19,6 +19,7 @@ STAGES = (Fraction(1, 4), Fraction(1, 2), Fraction(3, 4))
     source="arXiv:2410.17247",
     family="vlm",
     stage="layer",
+    headline="40 % less training time and 55 % fewer inference FLOPs at comparable performance",
 )
 @dataclass(frozen=True)
 class PyramidDrop(Method):

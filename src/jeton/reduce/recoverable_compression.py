@@ -34,6 +34,7 @@ from ._common import read, score_of
     source="arXiv:2409.01179",
     family="vlm",
     stage="encoder",
+    headline="comparable scores on LLaVA-1.5-7B with about 10 % of the tokens, FLOPs from 8.5 to 1.5 T",
 )
 @dataclass(frozen=True)
 class RecoverableCompression(Method):

@@ -26,6 +26,7 @@ LAYERS = (Fraction(2, 32), Fraction(6, 32), Fraction(15, 32))
     source="arXiv:2410.04417",
     family="vlm",
     stage="layer",
+    headline="54 % fewer FLOPs on LLaVA at 97 % of its accuracy",
 )
 @dataclass(frozen=True)
 class SparseVLM(Method):

@@ -25,6 +25,7 @@ from ._common import read, score_of
     source="arXiv:2407.14439",
     family="vlm",
     stage="encoder",
+    headline="about 66 % of tokens removed on ten document sets at comparable scores",
 )
 @dataclass(frozen=True)
 class TokenCorrelation(Method):

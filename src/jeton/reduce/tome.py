@@ -12,7 +12,14 @@ from ..tokens import Reduction, Tokens
 from ._common import merge_by_parity, parity_pairs
 
 
-@register(title="Token Merging: Your ViT But Faster", year=2022, source="arXiv:2210.09461", family="vit", stage="block")
+@register(
+    title="Token Merging: Your ViT But Faster",
+    year=2022,
+    source="arXiv:2210.09461",
+    family="vit",
+    stage="block",
+    headline="2 times the throughput of ViT-L at 512 for 0.2 to 0.3 points of accuracy",
+)
 @dataclass(frozen=True)
 class ToMe(Method):
     """In every block, between attention and MLP, merge r tokens into their most similar partner.

@@ -27,6 +27,7 @@ Counts = tuple[int, int]
     source="arXiv:2506.22283",
     family="vlm",
     stage="layer",
+    headline="LLaVA-NeXT-7B: 95.71 % of performance, 2.7 times lower latency, 6 times fewer FLOPs",
 )
 @dataclass(frozen=True)
 class VisionDrop(Method):

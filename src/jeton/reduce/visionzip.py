@@ -22,6 +22,7 @@ SHARE = (10, 64)  # contextual tokens among all, in the paper
     source="arXiv:2412.04467",
     family="vlm",
     stage="encoder",
+    headline="at least 5 % over the best before it in nearly all settings, prefill 8 times faster",
 )
 @dataclass(frozen=True)
 class VisionZip(Method):

@@ -22,6 +22,7 @@ _COMBINE: dict[str, Callable[[Tensor, int], Tensor]] = {"sum": torch.sum, "min":
     source="arXiv:2412.05819",
     family="vlm",
     stage="encoder",
+    headline="better than FastV and PruMerge at equal counts on eight sets",
 )
 @dataclass(frozen=True)
 class VTCCLS(Method):

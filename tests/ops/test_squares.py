@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jeton.ops.windows import pool, resize, side, waves, window_of, windows
+from jeton.ops.squares import pool, resize, side, waves, window_of, windows
 
 GRID = torch.arange(16.0).view(1, 16, 1)
 
