@@ -139,6 +139,26 @@ def test_compare_works_on_a_bridged_model(tmp_path):
     assert [row.kept for row in found.rows] == [36, 9] and all(row.reason is None for row in found.rows)
 
 
+def test_trained_bridges_stand_beside_the_methods(tmp_path):
+    demo = jeton.load_demo()
+    model = bridge.attach(demo.model, "m3", tokens=36)
+    model.save_pretrained(tmp_path)
+    bridge.fit(demo.processor, model).save_pretrained(tmp_path)
+    more = {"limit": 4, "batch_size": 4, "controls": False, "pictures": 1, "progress": False}
+    found = compare(methods=["divprune"], keep=[0.25], bridges=[tmp_path], **more)
+    full, pruned, bridged = found.rows
+    assert (bridged.method, bridged.spec, bridged.keep, bridged.kept, bridged.fraction) == (
+        "bridge m3",
+        "bridge m3",
+        0.25,
+        36,
+        0.25,
+    )
+    assert full.fraction == 1 and pruned.fraction == 0.25 and 0 < bridged.flops < full.flops and "bridge m3" in str(found)
+    with pytest.raises(ValueError, match="has no bridge"):
+        compare(methods=["divprune"], keep=[36], bridges=[demo.path], **more)
+
+
 def test_shortening_a_batch_cuts_placeholders_and_nothing_else():
     ids = torch.tensor([[1, 7, 7, 7, 7, 5, 6], [1, 7, 7, 7, 7, 8, 0]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids != 6, -100)}
