@@ -12,11 +12,11 @@ from ..train import Recipe, train
 from ._demo import right, scenes, share, write
 
 SCALES = (144, 36, 9, 1)
-RECIPE = Recipe(steps=80, rate=6e-4, warmup=0.1)
+RECIPE = Recipe(steps=240, rate=6e-4, warmup=0.1)
 BATCH = 8
 
 
-def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, questions: int = 128) -> dict[str, Any]:
+def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, questions: int = 256) -> dict[str, Any]:
     demo = load_demo()
     examples = demo.examples[:questions]
     model = bridge.attach(demo.model, "m3")
