@@ -1,8 +1,9 @@
 """LLaVA-Mini on the embedded model: one token an image in the place of 144, and four fusion layers before the language model.
 
-360 steps of 12 scenes; the encoder is frozen, the fusion layers start as copies of the language model's own four. It took 160 s of
-processor time on one core (1202 s on a busy machine) and 840 MB. Of 256 held-out questions 98.4 % are answered rightly; the model it
-starts from answers 98.8 % of all with 144 tokens. It saves nothing here: this language model is no deeper than the fusion.
+360 steps of 12 scenes; the encoder is frozen, the fusion layers start as copies of the language model's own four. It took 160
+s of processor time on one core (1202 s on a busy machine) and 840 MB. Of 256 held-out questions 98.4 % are answered rightly;
+the model it starts from answers 98.8 % of all with 144 tokens. It saves nothing here: this language model is no deeper than
+the fusion.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """TokenPacker on the embedded model: 16 tokens an image in the place of 144.
 
-600 steps of 12 scenes; the encoder is frozen, the bridge starts from the model's projector, its other weights from nothing. Features
-come from hidden states 1 to 4 of the encoder's 5 blocks. It took 140 s of processor time on one core (555 s on a busy machine) and
-720 MB. Of 256 held-out questions 79.7 % are answered rightly; the model it starts from answers 98.8 % of all with 144 tokens. The
-loss still falls at the end: this is a short run.
+600 steps of 12 scenes; the encoder is frozen, the bridge starts from the model's projector, its other weights from nothing.
+Features come from hidden states 1 to 4 of the encoder's 5 blocks. It took 140 s of processor time on one core (555 s on a
+busy machine) and 720 MB. Of 256 held-out questions 79.7 % are answered rightly; the model it starts from answers 98.8 % of
+all with 144 tokens. The loss still falls at the end: this is a short run.
 """
 
 from __future__ import annotations
