@@ -11,15 +11,19 @@ import jeton
 from jeton import bridge
 from jeton.bridge.m3 import loss
 from jeton.demo import prompt
-from jeton.recipes._demo import scenes
+from jeton.demo.batches import Batches
 from jeton.train import Recipe, train
 
 demo = jeton.load_demo()
 model = bridge.attach(demo.model, "m3")
-told = train(
-    model, scenes(demo.processor, 4, model.bridge.tokens), lambda m, batch: loss(m, batch, (144, 36, 9)),
-    Recipe(steps=8, rate=3e-4), progress=False,
-)  # fmt: skip
+
+
+def scenes(step):
+    drawn = next(Batches(demo.processor.tokenizer, 4, seed=step, tokens=model.bridge.tokens))
+    return {"pixel_values": drawn.pixels, "input_ids": drawn.ids, "attention_mask": drawn.attended, "labels": drawn.labels}
+
+
+told = train(model, scenes, lambda m, batch: loss(m, batch, (144, 36, 9)), Recipe(steps=8, rate=3e-4), progress=False)
 print({name: f"{values[0]:.2f} -> {values[-1]:.2f}" for name, values in told.losses.items()})
 
 with tempfile.TemporaryDirectory() as folder:

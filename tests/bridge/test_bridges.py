@@ -12,6 +12,8 @@ from jeton import bridge
 from jeton.bridge import shorten
 from jeton.demo import prompt
 from jeton.measure.compare import compare
+from jeton.recipes._demo import scenes
+from jeton.train import Recipe, train
 
 OPTIONS = {
     "m3": {"tokens": 16},
@@ -196,3 +198,30 @@ def test_other_families_are_refused():
         bridge.attach(tiny.tiny_llava_next(), "m3")
     with pytest.raises(jeton.Unsupported, match="LlavaForConditionalGeneration, not of a BridgedLlava"):
         bridge.attach(attached("m3"), "tokenpacker")
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path):
+    """Through the one trainer, with embeddings tied to the head, as the recipes do."""
+
+    def taught(folder, stop=None, resume=False):
+        demo = jeton.load_demo()
+        model = bridge.attach(demo.model, "m3", tokens=1)
+        steps = []
+
+        def loss(model, batch):
+            steps.append(1)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return model(**batch).loss
+
+        told = Recipe(steps=4, rate=1e-3)
+        train(model, scenes(demo.processor, 2, 1), loss, told, out=folder, resume=resume, save_every=2, progress=False)
+        return model
+
+    whole = taught(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        taught(tmp_path / "parts", stop=4)
+    resumed = taught(tmp_path / "parts", resume=True)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value) and torch.equal(again.state_dict()[name], value), name
