@@ -1,4 +1,10 @@
-"""M3 on the embedded model: 144, 36, 9 and 1 tokens trained at once."""
+"""M3 on the embedded model: 144, 36, 9 and 1 tokens trained at once.
+
+240 steps of 8 scenes, each at all four scales; the encoder is frozen, projector and language model train. It took 130 s of
+processor time on one core, measuring included (385 s on a busy machine), and 830 MB. Of 256 held-out questions 92.6, 89.1,
+85.5 and 29.7 % are answered rightly with 144, 36, 9 and 1 tokens; 96.9 % with the right scale known for each. The model it
+starts from, pooled and not trained, answers 98.8, 34.8, 11.3 and 9.0 %: in so short a run the full length loses.
+"""
 
 from __future__ import annotations
 
