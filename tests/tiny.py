@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+from jeton.bridge import attach
+
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
 Inputs = dict[str, Any]
@@ -110,6 +112,11 @@ def tiny_llava(siglip: bool = False, side: int = SIDE) -> nn.Module:
     return ready(transformers.LlavaForConditionalGeneration(config))
 
 
+def tiny_bridged() -> nn.Module:
+    """LLaVA whose 14 x 14 patches are pooled to SIDE x SIDE tokens behind the projector."""
+    return attach(tiny_llava(side=2 * SIDE), "m3", tokens=SIDE**2)
+
+
 def tiny_llava_next() -> nn.Module:
     """LLaVA-NeXT: crops of 6 x 6 patches, up to 2 x 2 or 1 x 3 of them."""
     side = 24
@@ -195,8 +202,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2_5_VisionTransformerPretrainedModel": tiny_qwen_tower,
     "Qwen2VisionTransformerPretrainedModel": tiny_qwen2_tower,
     "LlavaForConditionalGeneration": tiny_llava,
+    "BridgedLlava": tiny_bridged,
     "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
     "LlavaModel": lambda: tiny_llava().model,
+    "BridgedLlavaModel": lambda: tiny_bridged().model,
     "LlavaNextForConditionalGeneration": tiny_llava_next,
     "LlavaNextModel": lambda: tiny_llava_next().model,
     "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,
@@ -247,7 +256,7 @@ def samples(net: nn.Module) -> list[Sample]:
 
 
 def family(net: nn.Module) -> str:
-    kind = net.config.model_type
+    kind = net.config.model_type.removeprefix("jeton_")
     return "qwen2" if kind.startswith("qwen2") else kind
 
 
@@ -338,8 +347,7 @@ def _llava_pictures(
 ) -> tuple[Inputs, list[int], list[int]]:
     config = net.config.vision_config
     pixels = torch.randn(len(images), 3, config.image_size, config.image_size, generator=generator)
-    count = (config.image_size // config.patch_size) ** 2
-    return {"pixel_values": pixels}, [count] * len(images), [IMAGE] * len(images)
+    return {"pixel_values": pixels}, [net.config.image_seq_length] * len(images), [IMAGE] * len(images)
 
 
 def _next_pictures(

@@ -103,6 +103,9 @@ def compare(
     on_bad_line: Annotated[
         Literal["stop", "skip"], typer.Option(help="What to do at a line of --data that cannot be used.")
     ] = "stop",
+    bridge: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a trained bridge, put beside the methods; may be given several times.")
+    ] = None,
     json_: Annotated[Path | None, typer.Option("--json", help="Write the rows to this JSON file.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write report.html, one page that needs no other file, into this folder.")
@@ -124,6 +127,7 @@ def compare(
     result = run(
         model, examples=examples, methods=names, keep=read_keep(keep), limit=limit, seed=seed, device=device, dtype=dtype,
         batch_size=batch_size, controls=controls, second_turn=second_turn, pictures=4 if out else 0,
+        bridges=bridge or (),
     )  # fmt: skip
     console = Console()
     wide = console.width if console.is_terminal else WIDE

@@ -19,6 +19,7 @@ ROOMS = (
     "text",
     "generate",
     "backbones",
+    "bridge",
     "objectives",
     "prompts",
     "merging",

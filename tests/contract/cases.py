@@ -28,12 +28,20 @@ LANGUAGE = [
     "LlavaOnevisionForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "BridgedLlava",
 ]
-LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN = LANGUAGE
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
-SISTERS = {NEXT_VIDEO: ONEVISION, QWEN2: QWEN, "LlavaNextVideoModel": "LlavaOnevisionModel", "Qwen2VLModel": "Qwen2_5_VLModel"}
+SISTERS = {
+    NEXT_VIDEO: ONEVISION,
+    QWEN2: QWEN,
+    BRIDGED: ONEVISION,
+    "LlavaNextVideoModel": "LlavaOnevisionModel",
+    "BridgedLlavaModel": "LlavaOnevisionModel",
+    "Qwen2VLModel": "Qwen2_5_VLModel",
+}
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
 
@@ -126,6 +134,7 @@ def needed(case: Case) -> bool:
 # classes whose adapter is that of another class: the model without its head
 INNER = (
     "LlavaModel",
+    "BridgedLlavaModel",
     "LlavaNextModel",
     "LlavaNextVideoModel",
     "LlavaOnevisionModel",

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from cases import CASES, REFUSED, Case, each, view
 
-import jeton
+import jeton.bridge
 import tiny
 from jeton.engine import apply
 from jeton.method import reducers
@@ -19,8 +19,8 @@ REGISTERED = sorted({**Registry.encoders, **Registry.models})
 
 
 def _exists(name: str) -> bool:
-    """Whether transformers has the class; the lower-level ones are not at the top of the package."""
-    if hasattr(transformers, name):
+    """Whether transformers has the class (the lower-level ones are not at the top of the package), or jeton's bridges."""
+    if hasattr(transformers, name) or hasattr(jeton.bridge, name):
         return True
     wanted = {view.__module__.rpartition(".")[2] for view in [*Registry.encoders.values(), *Registry.models.values()]}
     families = [

@@ -19,12 +19,19 @@ _IGNORED = -100
 
 class Batches(IterableDataset):
     """An endless source of training batches, fixed by its seed. Crowded scenes teach patches more per step. `asked` marks the
-    position in front of an answer's first word, or of every word."""
+    position in front of an answer's first word, or of every word. `tokens`: an image has so many placeholders, all visible,
+    for models that do not show the language model every patch."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, size: int, seed: int, crowded: bool = False, every_word: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        size: int,
+        seed: int,
+        crowded: bool = False,
+        every_word: bool = False,
+        tokens: int | None = None,
     ) -> None:
-        self.size, self.crowded, self.every_word = size, crowded, every_word
+        self.size, self.crowded, self.every_word, self.tokens = size, crowded, every_word, tokens
         self._rng = np.random.default_rng(seed)
         self._pad, self._bos = tokenizer.pad_token_id, tokenizer.bos_token_id
         self._image = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -47,7 +54,7 @@ class Batches(IterableDataset):
             owner=torch.from_numpy(owner),
             present=torch.from_numpy(np.stack([_present(scene) for scene in scenes])),
             ids=torch.from_numpy(ids),
-            attended=torch.from_numpy(self._visible(ids, owner)),
+            attended=torch.from_numpy(self._visible(ids, owner) if self.tokens is None else (ids != self._pad).astype(np.int64)),
             labels=torch.from_numpy(labels),
             asked=torch.from_numpy(asked),
         )
@@ -70,7 +77,7 @@ class Batches(IterableDataset):
         for turn, which in enumerate(self._rng.permutation(len(turns))):
             asked = self._encode(user_turn(turns[which].text, first=turn == 0))
             answered = self._encode(assistant_turn(turns[which].answer))
-            asked = [x for token in asked for x in ([token] * GRID**2 if token == self._image else [token])]
+            asked = [x for token in asked for x in ([token] * (self.tokens or GRID**2) if token == self._image else [token])]
             ids += asked + answered
             labels += [_IGNORED] * len(asked) + answered
             words = len(answered) - 1 if self.every_word else 1  # the end mark needs no looking

@@ -160,7 +160,8 @@ class Costs:
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)
             ran += each * projected
-        return ran + self._mixing(), full
+        between = self.layout.images * view.between(self.length)
+        return ran + between + self._mixing(), full + between
 
     def _mixing(self) -> float:
         """Products with dense matrices; other reductions only move and add."""

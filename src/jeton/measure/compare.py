@@ -16,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..method import Method
+from ..method import Budget, Method
 from .data import Question, as_questions, sample
 from .machine import describe
 from .plan import FULL, KEEP, Case, check_budgets, plan, requested
 from .row import Row, Tally, caution
 from .shown import Shown, choose, show
 from .speak import Speaker
-from .subject import load_subject
+from .subject import Subject, load_subject
 from .table import WIDE, table
 from .trial import Trial, partner_of
 
@@ -84,6 +84,7 @@ def compare(
     second_turn: bool = True,
     pictures: int = 4,
     progress: bool = True,
+    bridges: Sequence[str | os.PathLike[str]] = (),
 ) -> Comparison:
     """Compare token-reduction methods at several budgets.
 
@@ -99,9 +100,10 @@ def compare(
         controls: put random, uniform, pool and downsample beside whatever is compared.
         second_turn: also ask another question about the same picture on the cache of the first.
         pictures: examples whose kept tokens are shown in the report.
+        bridges: checkpoints of trained bridges (`jeton.bridge`), a row each: models of their own, which need no method.
     """
     names = requested(methods, controls)
-    rows_to_come = 1 + len(plan(names, check_budgets(keep)))
+    rows_to_come = 1 + len(plan(names, check_budgets(keep))) + len(bridges)
     if limit is None and examples is None:
         limit = max(96, EFFORT // rows_to_come)
     subject = load_subject(model, processor, device, dtype)
@@ -110,8 +112,12 @@ def compare(
     trial = Trial(speaker, speaker.answer_length(questions), second_turn)
     tokens = trial.warm_up(questions[:batch_size])
     budgets = check_budgets(keep, tokens)
-    cases = [FULL, *plan(names, budgets, seed)]
-    tallies = _measure(trial, questions, cases, batch_size, progress)
+    cases = [(case, trial) for case in (FULL, *plan(names, budgets, seed))]
+    for path in bridges:
+        beside = load_subject(path, None, device, dtype)
+        its = Trial(Speaker(beside.model, beside.processor), trial.max_new_tokens, second_turn)
+        cases.append((_as_it_is(beside, its.warm_up(questions[:batch_size]), tokens, budgets), its))
+    tallies = _measure(cases, questions, batch_size, progress)
     rows = [Row.of(tally, tallies[0]) for tally in tallies]
     shown = show(trial, choose(tallies, questions, pictures), questions, tallies)
     settings = {"questions": len(questions), "keep": list(budgets), "seed": seed, "batch_size": batch_size}
@@ -119,23 +125,35 @@ def compare(
     return Comparison(subject.name, describe(subject.model.device), settings, rows, shown)
 
 
-def _measure(trial: Trial, questions: Sequence[Question], cases: Sequence[Case], batch_size: int, progress: bool) -> list[Tally]:
-    """Every case on every batch.
+def _as_it_is(subject: Subject, tokens: int, full: int, budgets: Sequence[int | float]) -> Case:
+    """The row of a bridged model, at the budget that is as many tokens if there is one."""
+    bridge = getattr(subject.model, "bridge", None)
+    if bridge is None:
+        raise ValueError(f"{subject.name} has no bridge; compare it by itself, with model=.")
+    equal = (each for each in budgets if Budget(each).count(full) == tokens)
+    return Case(f"bridge {bridge.card.id}", None, next(equal, tokens))
+
+
+def _measure(cases: Sequence[tuple[Case, Trial]], questions: Sequence[Question], batch_size: int, progress: bool) -> list[Tally]:
+    """Every case, by its own trial, on every batch.
 
     All cases take a batch before the next one comes, each time from another start: they meet the machine in the same state.
     """
-    tallies = [Tally(case) for case in cases]
+    tallies = [Tally(case) for case, _ in cases]
+    trials = [trial for _, trial in cases]
     partners = partner_of(questions)
     starts = range(0, len(questions), batch_size)
     with _bar(len(starts) * len(cases), progress) as advance:
         for start in starts:
             batch = questions[start : start + batch_size]
             seconds = partners[start : start + batch_size]
-            inputs = trial.speaker.encode(batch)
-            first = (start * 7) % len(tallies)
-            for tally in tallies[first:] + tallies[:first]:
+            inputs = {trial: trial.speaker.encode(batch) for trial in dict.fromkeys(trials)}
+            order = [*range(len(cases))]
+            first = (start * 7) % len(cases)
+            for number in order[first:] + order[:first]:
+                tally, trial = tallies[number], trials[number]
                 if tally.reason is None:
-                    trial.run(tally, inputs, batch, seconds)
+                    trial.run(tally, inputs[trial], batch, seconds)
                 advance(tally.case)
     return tallies
 

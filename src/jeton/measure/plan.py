@@ -18,7 +18,8 @@ _AMOUNTS = ("keep", "r", "ratio", "ratios", "dominant", "schedule", "calibration
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a comparison: a method at a budget. `label` is what readers see; method None is the model as it is."""
+    """One row of a comparison: a method at a budget. `label` is what readers see; method None is a model as it is: the one that is
+    compared ("full"), or a bridged one beside it."""
 
     label: str
     method: Method | None
@@ -27,7 +28,7 @@ class Case:
 
     @property
     def spec(self) -> str:
-        return self.method.spec if self.method is not None else "full"
+        return self.method.spec if self.method is not None else self.label
 
     def drawn(self, number: int) -> Method | None:
         """The method for batch `number`. One that draws at random draws anew, so that no row rests on a single draw."""

@@ -85,7 +85,7 @@ class Row:
             case.keep,
             case.control,
             kept=statistics.fmean(tally.after),
-            fraction=sum(tally.after) / sum(tally.before),
+            fraction=sum(tally.after) / sum(full.before),
             accuracy=accuracy,
             low=low,
             high=high,

@@ -243,6 +243,11 @@ class VisionLanguage:
         """(B, L) true at the columns that hold visual tokens of this kind."""
         return input_ids == getattr(self.model.config, f"{stream}_token_id")
 
+    def between(self, length: int) -> float:
+        """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of
+        `length` tokens."""
+        return 0.0
+
     @property
     def dims(self) -> tuple[int, int, int, bool]:
         """Width, key/value width, MLP width and whether the MLP is gated, of the language model."""

@@ -2,5 +2,5 @@
 
 attention: rows and column means of attention, rebuilt from queries and keys. similarity: cosine. budget: counts, and how they
 are shared. selection: which tokens stay. matching: who merges with whom. merging: a decision becomes a `Reduction`. grid: cells
-of a picture. flops: what it costs.
+of a picture. squares: square grids of features, pooled and resized. flops: what it costs.
 """
