@@ -18,8 +18,8 @@ _AMOUNTS = ("keep", "r", "ratio", "ratios", "dominant", "schedule", "calibration
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a comparison: a method at a budget. `label` is what readers see; method None is a model as it is: the one that is
-    compared ("full"), or a bridged one beside it."""
+    """One row of a comparison: a method at a budget. `label` is what readers see; method None is a model as it is: the one that
+    is compared ("full"), or a bridged one beside it."""
 
     label: str
     method: Method | None
