@@ -27,7 +27,7 @@ from .subject import Subject, load_subject
 from .table import WIDE, table
 from .trial import Trial, partner_of
 
-EFFORT = 10_000  # rows times questions asked of the embedded model: about a minute of one core, two at most where it is slow
+EFFORT = 15_000  # rows times questions asked of the embedded model: a minute and a half of one core, three where it is slow
 
 
 @dataclass(frozen=True)
