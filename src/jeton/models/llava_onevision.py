@@ -30,8 +30,8 @@ class LlavaOnevision(LlavaNext):
         if stream == "video":
             if "pixel_values_videos" not in inputs:
                 raise Unsupported(
-                    "this version of transformers adds the newline of LLaVA-OneVision's videos outside of get_video_features, where "
-                    "jeton does not see it; update transformers, or ask about images."
+                    "this version of transformers adds the newline of LLaVA-OneVision's videos outside of get_video_features, "
+                    "where jeton does not see it; update transformers, or ask about images."
                 )
             videos, frames = inputs["pixel_values_videos"].shape[:2]
             return [_video(frames, side)] * videos
