@@ -38,6 +38,8 @@ class LatentEncoder(nn.Module):
     Class token, patches and queries have learned positions; norms stand before the blocks and on the queries behind them. With
     `causal`, query i sees the picture and the queries up to i, and the picture does not see the queries. `legacy_reshape` reads
     the K x D outputs as D x K, as the first released weights of this kind need: a vector then mixes several queries.
+    `batch_norm` brings each number of each vector to mean 0 and variance 1 over the batch (to running means in eval mode), so
+    that none can be the same for all pictures; a batch to train on is then of two pictures at least.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class LatentEncoder(nn.Module):
         causal: bool = False,
         legacy_reshape: bool = False,
         init_std: float = 0.02,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         patches = (image_size // patch_size) ** 2
@@ -64,6 +67,7 @@ class LatentEncoder(nn.Module):
         self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
         self.blocks = transformer(width, depth, heads)
         self.down = nn.Linear(width, out)
+        self.norm = nn.BatchNorm1d(tokens * out, affine=False) if batch_norm else None
         self.apply(functools.partial(start, std=init_std))
         hidden = torch.zeros(patches + 1 + tokens, patches + 1 + tokens, dtype=torch.bool)
         if causal:
@@ -79,7 +83,8 @@ class LatentEncoder(nn.Module):
         x = torch.cat([picture, (self.queries + self.query_position).expand(b, -1, -1)], 1)
         x = self.blocks(self.before(x), mask=self.hidden)
         x = self.after(x[:, -k:])
-        return self.down(x.reshape(b, -1, k).mT if self.legacy_reshape else x)
+        z = self.down(x.reshape(b, -1, k).mT if self.legacy_reshape else x)
+        return z if self.norm is None else self.norm(z.flatten(1)).view_as(z)
 
 
 class MaskTokenDecoder(nn.Module):

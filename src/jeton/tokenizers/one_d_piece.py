@@ -63,8 +63,11 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
     are the frozen decoder's, of the expected code. `target="pixels"` predicts the patch itself. Images are (B, channels, H, H)
     in [0, 1]. k tokens cost ``k log2(codebook_size) / 8`` bytes. `legacy_reshape` is for weights of the released code, which
     reads the encoder's (B, K, D) as channels without transposing and so mixes neighbouring latents; by default token k is latent
-    k. `init_std` of the weights is the paper's, for its widths; narrow models need more (about width ** -0.5), or the decoder
-    does not hear the codes for a long time.
+    k.
+
+    `init_std` of the weights is the paper's, for its widths. Small models that start so draw the mean picture for long: all
+    pictures have the same codes, and the decoder does not hear them. `init_std` of about width ** -0.5 / 2 and `batch_norm`,
+    which is not the paper's (each number of each latent at mean 0 and variance 1 over the batch), make them learn at once.
 
     Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
     the paper's MaskGIT on them, in 8 steps.
@@ -88,6 +91,7 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         drop: str | None = "batch",
         legacy_reshape: bool = False,
         init_std: float = 0.02,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -100,7 +104,17 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         self.quantizer: Quantizer = CosineVQ(code_dim, codebook_size, beta) if levels is None else FSQ(levels)
         d, out = self.quantizer.dim, target_codes if target == "codes" else channels * patch_size**2
         self.encoder = LatentEncoder(
-            image_size, patch_size, tokens, width, depth, heads, d, channels, legacy_reshape=legacy_reshape, init_std=init_std
+            image_size,
+            patch_size,
+            tokens,
+            width,
+            depth,
+            heads,
+            d,
+            channels,
+            legacy_reshape=legacy_reshape,
+            init_std=init_std,
+            batch_norm=batch_norm,
         )
         self.decoder = MaskTokenDecoder(image_size, patch_size, tokens, width, depth, heads, d, out, init_std)
         self.pixel_codes: PixelCodes | None = None
@@ -172,6 +186,13 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
         """For the second stage: encoder, queries and codebook stay as they are."""
         self.encoder.requires_grad_(False)
         self.quantizer.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> OneDPiece:
+        super().train(mode)
+        if not self.encoder.down.weight.requires_grad:  # frozen: running means stay as they are, too
+            self.encoder.eval()
+            self.quantizer.eval()
         return self
 
     def _frozen(self, purpose: str) -> PixelCodes:
