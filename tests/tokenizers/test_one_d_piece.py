@@ -204,6 +204,64 @@ class TestAdversary:
         assert found.item() == pytest.approx(((1 - d_real).relu().mean() + (1 + d_fake).relu().mean() + lecam).item(), rel=1e-5)
 
 
+def test_batch_norm_leaves_no_number_the_same_for_all_pictures():
+    torch.manual_seed(0)
+    images = torch.rand(32, 3, 16, 16)
+    plain, model = small(levels=[8, 5]).train(), small(levels=[8, 5], batch_norm=True).train()
+    z = model.encode(images).z_e
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-3
+    assert plain.encode(images).z_e.std(0).min() < 0.5
+    model.eval()
+    assert torch.allclose(model.encode(images[:1]).z_e, model.encode(images).z_e[:1], atol=1e-5)
+
+
+def test_a_frozen_encoder_keeps_its_running_means():
+    torch.manual_seed(0)
+    model, images = small(levels=[8, 5], batch_norm=True), torch.rand(8, 3, 16, 16)
+    stage = SecondStage(model, RandomFeatures(), None).train()
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    stage.losses(images)
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+    assert model.decoder.training and not model.encoder.training
+    model.requires_grad_(True)
+    stage.train().losses(images)
+    assert not torch.equal(model.encoder.norm.running_mean, before["norm.running_mean"])
+
+
+def blobs(count, seed, side=16):
+    """(count, 3, side, side): three round spots of random places, widths and colours on black."""
+    draw = torch.Generator().manual_seed(seed)
+    centre = torch.rand(count, 3, 2, 1, 1, generator=draw) * side
+    width = 1.5 + 2 * torch.rand(count, 3, 1, 1, generator=draw)
+    colour = torch.rand(count, 3, 3, 1, 1, generator=draw)
+    y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
+    far = (x - centre[:, :, 0]) ** 2 + (y - centre[:, :, 1]) ** 2
+    return ((-far / (2 * width**2)).exp()[:, :, None] * colour).sum(1).clamp(max=1)
+
+
+@pytest.mark.slow
+def test_trained_with_the_tail_dropped_the_first_tokens_say_most():
+    pytest.importorskip("accelerate")
+    from jeton.train import Recipe, train
+
+    held_out, errors = blobs(512, seed=0), {}
+    for drop in ("batch", None):
+        torch.manual_seed(0)
+        fields = {"width": 64, "depth": 2, "heads": 4, "levels": [8, 5, 5, 5], "target": "pixels"}
+        model = OneDPiece(16, 4, 16, drop=drop, init_std=0.07, batch_norm=True, **fields)
+        train(model, lambda step: blobs(64, step + 1), OneDPiece.first_stage, Recipe(1000, 3e-3), progress=False)
+        model.eval()
+        with torch.no_grad():
+            ids = model.encode(held_out).ids
+            pictures = {k: model.decode(ids, k) for k in (1, 4, 8, 16)} | {"last": model.decode(ids[:, -1:])}
+        errors[drop] = {k: ((x - held_out).square().mean() / held_out.var()).item() for k, x in pictures.items()}
+    dropped, whole = errors["batch"], errors[None]
+    assert dropped[16] < 0.5 and whole[16] < 0.5  # both have learned to draw
+    assert dropped[1] > dropped[4] > dropped[8] > dropped[16]
+    assert dropped[4] < whole[4] / 2
+    assert dropped["last"] > dropped[1]
+
+
 def test_weights_survive_a_folder(tmp_path):
     model, images = small(levels=[8, 5]), torch.rand(2, 3, 16, 16)
     model.save_pretrained(tmp_path)
