@@ -45,9 +45,6 @@ class SparseVLM(Method):
     tokens go behind them; None means the paper's 2, 6, 15 of 32, scaled to the depth: in setting "192" without recycling
     202.75 tokens enter a layer on average.
 
-    On the embedded model, whose four layers scale the first stage to layer 0, where words have not met the image yet, 25 % do not
-    beat random beyond noise (0.65 against 0.63 of 600 questions); counts=(200, 110), layers=(1, 2) does (0.85).
-
     Differences from the release: a recycled token stands where its cluster's centre stood, not behind the survivors; ties between
     densities go to the lowest index instead of to noise. It renumbers positions: that is positions="compact" of `apply`. Of the
     later variants neither the counts found from the rank of the attention (v1) nor the attention without its bias by position
