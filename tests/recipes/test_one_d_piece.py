@@ -22,11 +22,12 @@ def test_crops_are_of_a_seed_and_held_out_photographs_are_not_trained_on():
 def test_it_trains_measures_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(one_d_piece, "RECIPE", dataclasses.replace(one_d_piece.RECIPE, steps=3, batch=4))
     monkeypatch.setattr(one_d_piece, "HELD_OUT", 8)
+    monkeypatch.setattr(one_d_piece, "TRAINED", 16)
     measured = one_d_piece.run(tmp_path, progress=False)
     assert json.loads((tmp_path / "results.json").read_text())["parameters"] == measured["parameters"]
-    assert (tmp_path / "rate-32.png").exists() and (tmp_path / "rate-256.png").exists()
+    assert (tmp_path / "rate-16.png").exists() and (tmp_path / "rate-256.png").exists()
     small, large = (measured[name] for name in measured if "of" in name and isinstance(measured[name], dict))
     assert [row["tokens"] for row in small["one-d-piece"]] == list(one_d_piece.LENGTHS)
-    assert large["one-d-piece"][0]["bytes"] == pytest.approx(64 * small["one-d-piece"][0]["bytes"])
+    assert large["one-d-piece"][0]["bytes"] == pytest.approx(256 * small["one-d-piece"][0]["bytes"])
     again = OneDPiece.from_pretrained(tmp_path)
-    assert again.codebook_size == 1000 and again.drop == "row"
+    assert again.codebook_size == 1000 and again.drop == "batch"
