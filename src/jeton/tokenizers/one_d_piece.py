@@ -67,7 +67,8 @@ class OneDPiece(nn.Module, PyTorchModelHubMixin, library_name="jeton"):  # type:
 
     `init_std` of the weights is the paper's, for its widths. Small models that start so draw the mean picture for long: all
     pictures have the same codes, and the decoder does not hear them. `init_std` of about width ** -0.5 / 2 and `batch_norm`,
-    which is not the paper's (each number of each latent at mean 0 and variance 1 over the batch), make them learn at once.
+    which is not the paper's (each number of each latent at mean 0 and variance 1 over the batch), make them learn;
+    photographs need a low rate, too.
 
     Its ids can be generated too: ``ELM(tokens=256, codes=4096, subcodes=1, grid=None, mode="mlm", mask_schedule="arccos")`` is
     the paper's MaskGIT on them, in 8 steps.
