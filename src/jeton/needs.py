@@ -174,6 +174,14 @@ class TextAttention(Need):
 
 
 @dataclass(frozen=True)
+class RaterRank(Need):
+    """(B, 1) int64 rank of the matrix of raters' attention to the row's tokens (raters, N), averaged over heads, at a
+    language-model layer. Raters and `layer` as for `TextAttention`."""
+
+    raters: str = "relevant"
+
+
+@dataclass(frozen=True)
 class VisualAttention(Need):
     """(B, N) attention that each token of the row receives from the tokens of the same row, averaged over these queries and over
     heads, after softmax over all keys; of the language-model layer the method stands in front of, computed ahead."""

@@ -224,9 +224,11 @@ def test_reported_flops_are_those_that_ran(case: Case) -> None:
     with FlopCounterMode(display=False) as less, apply(net, Unasking(case.made(), decided)) as run:
         tiny.run(net, inputs)
         report = run.report()
+        # where patches are mixed behind the encoder, products with dense matrices run in none of the modules counted
+        outside = run.costs._mixing() if run.view.mixes else 0.0
     assert report.flops_full == full
     assert _counted(whole) == pytest.approx(full, rel=1e-6)
-    assert _counted(less) == pytest.approx(report.flops, rel=2e-3)
+    assert _counted(less) == pytest.approx(report.flops - outside, rel=2e-3)
     assert report.flops < 0.98 * full
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from witness import spied
 
 import tiny
 from by_hand import dpc_knn as by_hand
 from in_layers import Looking, eager, images
 from jeton.engine import apply
+from jeton.engine.raters import Raters
 from jeton.method import get
 from jeton.needs import TextAttention
 from jeton.tokens import Tokens
@@ -224,5 +226,77 @@ def test_layers_follow_the_depth_and_may_be_set():
     ],
 )
 def test_bad_fields_are_refused_with_a_sentence(fields, words):
+    with pytest.raises(ValueError, match=words):
+        get("sparsevlm", **fields)
+
+
+# -- counts from the rank ------------------------------------------------------------------------------------------------
+
+
+def ranked(found, **fields):
+    """How many of ten tokens survive, without recycling."""
+    score, tokens = torch.arange(10.0)[None], Tokens(torch.randn(1, 10, 4))
+    step = get("sparsevlm", recycle=False, **fields)
+    made = step.reduce(tokens, {"attention": score, "rank": torch.tensor([[found]])})
+    assert made.index[0].tolist() == list(range(10 - made.k, 10))  # the best of them
+    return made.k
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "left"),
+    [
+        *[(3, 1.0, 3), (3, 0.5, 7), (3, 0.0, 10), (10, 1.0, 10), (0, 1.0, 1)],  # 10 - floor(how (10 - rank))
+        *[(3, (1.5, 0.0), 4), (3, (2.0, 1.0), 7), (9, (13.5, 0.0), 9), (10, (0.1, 0.0), 10)],  # floor(scale rank + bias)
+    ],
+)
+def test_the_rank_says_how_many_survive(rank, how, left):
+    assert ranked(rank, rank=how) == left
+
+
+def test_rows_find_their_own_counts_and_recycle_what_is_left():
+    tokens = Tokens(torch.randn(2, 80, 4))
+    signals = {"attention": torch.rand(2, 80), "rank": torch.tensor([[5], [40]])}
+    made = get("sparsevlm", rank=1.0).reduce(tokens, signals)
+    counts = made.mask.sum(1).tolist()
+    # 75 and 40 are dropped: floor(.3 d) + 1 = 23 and 13 candidates, in floor(m / 10) + 1 = 3 and 2 clusters
+    assert counts == [5 + 3, 40 + 2]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_rank_is_that_of_the_raters_own_attention(attention):
+    """Every token behind the image rates it where all are equally relevant; then the rows are the model's own map's."""
+    net = tiny.model(LLAVA, attention)
+    inputs = tiny.prompts(net, tiny.one_image(net))
+    spy, decided = spied(get("sparsevlm", rank=1.0, recycle=False, counts=(9,), layers=(1,)))
+    seen = []
+    own = Raters.attention
+
+    def watch(self, *args, **more):
+        out = own(self, *args, **more)
+        seen.append((self.weight, out[2]))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Raters, "attention", watch)
+        with apply(net, spy):
+            tiny.run(net, inputs)
+    maps = tiny.model(LLAVA, "eager")(**inputs, output_attentions=True).attentions[1].mean(1)[0]
+    weight, rank = seen[0]
+    visual = inputs["input_ids"][0] == tiny.IMAGE
+    table = maps[weight[0] > 0][:, visual]
+    assert int(rank) == int(torch.linalg.matrix_rank(table)) == min(table.shape)
+    assert decided[0].k == int(rank)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": 1.5}, "lie in"),
+        ({"rank": (1.0,)}, "scale, bias"),
+        ({"rank": "all"}, "number"),
+        ({"rank": 0.5, "keep": 3}, "keep"),
+    ],
+)
+def test_a_rank_that_means_nothing_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         get("sparsevlm", **fields)

@@ -24,6 +24,7 @@ from ..needs import (
     Neurons,
     PageRank,
     PromptNumber,
+    RaterRank,
     TextAttention,
 )
 from ..ops import attention, budget, neurons
@@ -133,6 +134,7 @@ class LayerSite:
         self.raters: dict[str, Raters] = {}
         # by layer, raters and whether it is their peak: (R, L), where visual tokens stood, and of how many columns
         self.rated: dict[tuple[int, str, bool], tuple[Tensor, Tensor, int]] = {}
+        self.ranks: dict[tuple[int, str], Tensor] = {}
         self.counts: list[int] | None = None
 
     def plan(self, count: int, first: int) -> Plan:
@@ -166,11 +168,14 @@ class LayerSite:
             for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
                 listened.setdefault(self._read_at(need, at), set()).add(need)
         asked = [need for needs in listened.values() for need in needs]
-        rated = {need.raters for need in asked if isinstance(need, TextAttention)}
+        rated = {need.raters for need in asked if isinstance(need, TextAttention | RaterRank)}
         run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
         for number, layer in enumerate(view.layers):
             here = listened.get(number, set())
-            if any(isinstance(need, LastAttention | LastSimilarity | LayerValues | PageRank | TextAttention) for need in here):
+            if any(
+                isinstance(need, LastAttention | LastSimilarity | LayerValues | PageRank | TextAttention | RaterRank)
+                for need in here
+            ):
                 run.taps.listen(view.attention(layer), _Listener(self, number, here))
             tops = {need.top for need in here if isinstance(need, Neurons | NeuronCounts)}
             if tops:
@@ -190,7 +195,7 @@ class LayerSite:
 
     def _fresh(self, rated: set[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.prompt.stage = None
-        for old in (self.heard, self.fired, self.rated, self.raters):
+        for old in (self.heard, self.fired, self.rated, self.ranks, self.raters):
             old.clear()  # type: ignore[attr-defined]
         if self.prompt.scene is not None:
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
@@ -282,6 +287,8 @@ class LayerSite:
             rated, columns, length = self.rated[self._read_at(need, number), need.raters, need.peak]
             at = columns.gather(1, flow.scene.rows.slot)
             return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
+        if isinstance(need, RaterRank):
+            return self.ranks[self._read_at(need, number), need.raters]
         at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
         sample, column = at // flow.length, at % flow.length
         if isinstance(need, Entered):
@@ -326,6 +333,7 @@ class _Listener(Listener):
         self.site, self.number, self.needs = site, number, needs
         self.kinds = set(map(type, needs))
         self.text = [need for need in needs if isinstance(need, TextAttention)]
+        self.ranks = [need for need in needs if isinstance(need, RaterRank)]
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         prompt = self.site.prompt
@@ -334,9 +342,12 @@ class _Listener(Listener):
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
             cut = None if prompt.stage is None else prompt.stage.cut
-            for which in {need.raters for need in self.text}:
+            for which in {need.raters for need in (*self.text, *self.ranks)}:
                 peaks = any(need.peak for need in self.text if need.raters == which)
-                both = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut, peaks)
+                ranked = any(need.raters == which for need in self.ranks)
+                *both, rank = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut, peaks, ranked)
+                if rank is not None:
+                    self.site.ranks[self.number, which] = rank
                 for peak, seen in enumerate(both):
                     self.site.rated[self.number, which, bool(peak)] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
             for need in self.needs:

@@ -45,11 +45,19 @@ class Raters:
         return cls(text, weight, sample, most)
 
     def attention(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, flow: Flow, cut: Cut | None, peaks: bool
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        flow: Flow,
+        cut: Cut | None,
+        peaks: bool,
+        ranked: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads, a slab of text at a time: the
-        mean over raters, and with `peaks` the largest. An image without text behind it is rated by the last token that is left of
-        its prompt."""
+        mean over raters, and with `peaks` the largest; `ranked`, also the rank (R, 1) of each image's matrix (raters, tokens). An
+        image without text behind it is rated by the last token that is left of its prompt."""
         text, weight = self.text, self.weight
         if cut is not None:
             text, weight = text.gather(1, cut.index), weight.gather(1, cut.index[self.sample])
@@ -64,6 +72,7 @@ class Raters:
         everyone = torch.arange(query.shape[0], device=query.device)
         past = key.shape[2] - query.shape[2]
         mean = peak = torch.zeros(weight.shape[0], key.shape[2], device=query.device)
+        at, tables = flow.at % flow.length + past, []  # padding reads a text column, hidden below
         for start in range(0, columns.shape[1], SLAB):
             part = slice(start, start + SLAB)
             seen = row_mask(mask, key, past, everyone, columns[:, part])
@@ -73,7 +82,12 @@ class Raters:
             mean = mean + (share @ rows)[:, 0]
             if peaks:
                 peak = torch.maximum(peak, rows.masked_fill(share.mT == 0, 0).amax(1))
-        return mean, peak
+            if ranked:
+                table = rows.gather(2, at[:, None].expand(-1, rows.shape[1], -1)).masked_fill(share.mT == 0, 0)
+                shown = flow.scene.rows.mask
+                tables.append(table if shown is None else table.masked_fill(~shown[:, None], 0))
+        rank = torch.linalg.matrix_rank(torch.cat(tables, 1).float())[:, None] if ranked else None
+        return mean, peak, rank
 
 
 def _first(chosen: Tensor, k: int) -> Tensor:

@@ -39,6 +39,7 @@ _SIGNALS = {
     "LastSimilarity": "the similarity of values to those of the prompt's last token",
     "LayerValues": "attention values of a language-model layer",
     "TextAttention": "the attention of the words that matter for the image",
+    "RaterRank": "the rank of these words' attention",
     "VisualAttention": "the attention visual tokens receive from each other",
     "Given": "numbers from outside, one for each frame",
     "LayerKeys": "attention keys of a language-model layer",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..method import Budget, Method, Promise, Signals, check_keep, register
-from ..needs import Need, TextAttention
+from ..needs import Need, RaterRank, TextAttention
 from ..ops.budget import count
 from ..ops.clustering import dpc_knn
 from ..ops.merging import merge
 from ..ops.selection import best_of_units
 from ..tokens import Reduction, Tokens, gather
-from ._common import best, check_layers, quota, score_of, stages
+from ._common import best, check_layers, quota, read, score_of, stages
 
 LAYERS = (Fraction(2, 32), Fraction(6, 32), Fraction(15, 32))
 
@@ -45,10 +46,14 @@ class SparseVLM(Method):
     tokens go behind them; None means the paper's 2, 6, 15 of 32, scaled to the depth: in setting "192" without recycling
     202.75 tokens enter a layer on average.
 
+    With `rank` each stage finds its own count, in every image, from the rank r of the matrix of raters' attention to the image's
+    V tokens: a number is the paper's share of what the rank calls redundant, V - floor(rank (V - r)) survive; a pair (scale,
+    bias) is the first release's floor(scale r + bias), at most V - 1 unless r = V. Rows then differ in length and wait once a
+    stage for the device to learn the longest. Later releases have the rank set to 0, which is the fixed `counts`.
+
     Differences from the release: a recycled token stands where its cluster's centre stood, not behind the survivors; ties between
-    densities go to the lowest index instead of to noise. It renumbers positions: that is positions="compact" of `apply`. Of the
-    later variants neither the counts found from the rank of the attention (v1) nor the attention without its bias by position
-    (SparseVLM+) is built.
+    densities go to the lowest index instead of to noise. It renumbers positions: that is positions="compact" of `apply`. The
+    attention without its bias by position (SparseVLM+) is not built.
     """
 
     site = "layer"
@@ -56,6 +61,7 @@ class SparseVLM(Method):
     counts: tuple[int, ...] = (300, 200, 110)
     layers: tuple[int, ...] | None = None
     recycle: bool = True
+    rank: float | tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -66,15 +72,30 @@ class SparseVLM(Method):
                 raise TypeError(f"counts={self.counts!r} must be whole numbers of tokens; a fraction is set with keep.")
         if not self.counts or list(self.counts) != sorted(self.counts, reverse=True):
             raise ValueError(f"counts must list tokens that never grow from stage to stage, got {self.counts!r}.")
+        if self.rank is not None:
+            self._check_rank()
         check_layers(self.layers, len(self.counts))
         if self.layers is None and len(self.counts) != len(LAYERS):
             raise ValueError(f"counts={self.counts!r} names {len(self.counts)} stages; say with layers where they stand.")
 
+    def _check_rank(self) -> None:
+        if self.keep is not None:
+            raise ValueError("rank finds the counts itself; leave keep out.")
+        numbers = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        if any(isinstance(each, bool) or not isinstance(each, int | float) or not isfinite(each) for each in numbers):
+            raise ValueError(f"rank must be a number or a pair (scale, bias), got {self.rank!r}.")
+        if isinstance(self.rank, tuple) and (len(self.rank) != 2 or self.rank[0] <= 0):
+            raise ValueError(f"rank as a pair is (scale, bias) with a scale above 0, got {self.rank!r}.")
+        if not isinstance(self.rank, tuple) and not 0 <= self.rank <= 1:  # type: ignore[operator]
+            raise ValueError(f"rank={self.rank!r} is a share of the redundant tokens and must lie in [0, 1].")
+
     def needs(self) -> dict[str, Need]:
-        return {"attention": TextAttention()}
+        return {"attention": TextAttention()} | ({} if self.rank is None else {"rank": RaterRank()})
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         score = score_of(signals, "attention", "sparsevlm")
+        if self.rank is not None:
+            return self._by_rank(score, tokens, read(signals, "rank", "sparsevlm", "the rank of the raters' attention (B, 1)"))
         n, k = len(tokens), self._left(len(tokens))
         if k == n and tokens.mask is None:
             return Reduction.identity(len(tokens.features), n, tokens.device)
@@ -91,6 +112,18 @@ class SparseVLM(Method):
         lost = n if tokens.mask is not None else n - self._survivors(n)
         return _sparse(score, tokens, stay, made, k, min(n, _candidates(lost)))
 
+    def _by_rank(self, score: Tensor, tokens: Tokens, rank: Tensor) -> Reduction:
+        real = tokens.count()[:, None]
+        if isinstance(self.rank, tuple):
+            stay = (rank * self.rank[0] + self.rank[1]).floor().long()
+            stay = torch.where(rank >= real, real, torch.minimum(stay, real - 1))
+        else:
+            stay = real - ((real - rank).clamp(min=0) * self.rank).floor().long()
+        stay = torch.minimum(stay.clamp(min=1), real)
+        made = _clusters(real - stay) if self.recycle else torch.zeros_like(stay)
+        longest = int((stay + made).max())  # the one wait for the device
+        return _sparse(score, tokens, stay, made, longest, min(len(tokens), _candidates(len(tokens))), ragged=True)
+
     def steps(self, n: int, depth: int) -> list[Method | None]:
         places = stages("sparsevlm", self.layers, LAYERS, depth, behind=1)
         if self.keep is None:
@@ -103,6 +136,8 @@ class SparseVLM(Method):
         return [at.get(layer) for layer in range(depth)]
 
     def promise(self, n: int, depth: int = 12) -> Promise:
+        if self.rank is not None:
+            return Promise(n, exact=False)
         if self.keep is not None:
             return Promise(Budget(self.keep).count(n))
         for step in self.steps(n, depth):
@@ -143,7 +178,7 @@ def _recycled(total: Any, n: Any) -> Any:
     return made - (made - half) * (made > half)
 
 
-def _sparse(score: Tensor, tokens: Tokens, stay: Tensor, made: Tensor, k: int, most: int) -> Reduction:
+def _sparse(score: Tensor, tokens: Tokens, stay: Tensor, made: Tensor, k: int, most: int, ragged: bool = False) -> Reduction:
     """Keep the `stay` (B, 1) best, and `made` (B, 1) clusters of the best of the others, of which no row has more than `most`."""
     here, one = torch.arange(len(tokens), device=tokens.device), torch.zeros_like(tokens.origin)
     survive = best_of_units(score, one, stay, tokens.mask)
@@ -154,4 +189,4 @@ def _sparse(score: Tensor, tokens: Tokens, stay: Tensor, made: Tensor, k: int, m
     centre = dpc_knn(gather(tokens.features, index), made, made, real)
     into = torch.where(survive, here, -1)
     target = torch.where(real, index.gather(1, centre.clamp(min=0)), into.gather(1, index))
-    return merge(into.scatter(1, index, target), k, ragged=tokens.mask is not None)
+    return merge(into.scatter(1, index, target), k, ragged=ragged or tokens.mask is not None)
