@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTrainin
 
 from jeton.objectives._common import IGNORE, choose, cross_entropy, sample
 from jeton.objectives.electra import SIZES, Electra, detection, make
-from jeton.train import Recipe, train
 
 PAD, CLS, SEP, MASK, V = 0, 1, 2, 3, 40
 
@@ -145,71 +143,3 @@ def test_what_cannot_be_is_refused():
     )
     with pytest.raises(ValueError, match="embedding_size is 8"):
         Electra(one, two, MASK, [])
-
-
-# -- on a real corpus ----------------------------------------------------------------------------------------------------
-
-
-def corpus(length=32):
-    """Chunks of words of the language reference that ships with Python, and the number of the topic each comes from."""
-    topics = [" ".join(text.split()).split() for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 12_000][:12]
-    words = sorted({word for text in topics for word in text})
-    counts = dict.fromkeys(words, 0)
-    for text in topics:
-        for word in text:
-            counts[word] += 1
-    known = {word: 4 + at for at, word in enumerate(sorted(words, key=lambda w: (-counts[w], w))[:1500])}
-    ids = [torch.tensor([known.get(word, 4) for word in text]) for text in topics]
-    chunks = [(part, topic) for topic, text in enumerate(ids) for part in text.split(length - 2) if len(part) == length - 2]
-    rows = torch.stack([torch.cat([torch.tensor([CLS]), part, torch.tensor([SEP])]) for part, _ in chunks])
-    return rows, torch.tensor([topic for _, topic in chunks]), 1504
-
-
-def probe(encoder, ids, topics):
-    """Accuracy of a linear probe on mean hidden states, on every fourth chunk."""
-    from sklearn.linear_model import LogisticRegression
-
-    with torch.no_grad():
-        states = torch.cat([encoder(input_ids=part).last_hidden_state.mean(1) for part in ids.split(64)])
-    held = torch.arange(len(ids)) % 4 == 0
-    model = LogisticRegression(max_iter=2000).fit(states[~held].numpy(), topics[~held].numpy())
-    return model.score(states[held].numpy(), topics[held].numpy())
-
-
-@pytest.mark.slow
-def test_on_real_text_the_discriminator_learns_more_than_a_masked_language_model_at_equal_steps():
-    ids, topics, vocab = corpus()
-    recipe = Recipe(steps=600, rate=1e-3, batch=32)
-
-    def config(width):
-        return ElectraConfig(
-            vocab_size=vocab,
-            embedding_size=64,
-            hidden_size=width,
-            num_hidden_layers=2,
-            num_attention_heads=max(1, width // 32),
-            intermediate_size=4 * width,
-            max_position_embeddings=64,
-        )
-
-    def pretrained(width):
-        torch.manual_seed(0)
-        model = Electra(ElectraForMaskedLM(config(width)), ElectraForPreTraining(config(128)), MASK, [PAD, CLS, SEP])
-        train(model, ids, lambda m, b: m(b, torch.ones_like(b)), recipe, progress=False)
-        return probe(model.discriminator.electra.eval(), ids, topics)
-
-    def masked():
-        torch.manual_seed(0)
-        model = ElectraForMaskedLM(config(128))
-
-        def loss(net, batch):
-            chosen = choose(batch > MASK, torch.full((len(batch),), 5))
-            logits = net(input_ids=batch.masked_fill(chosen, MASK)).logits
-            return cross_entropy(logits, batch.masked_fill(~chosen, IGNORE))
-
-        train(model, ids, loss, recipe, progress=False)
-        return probe(model.electra.eval(), ids, topics)
-
-    quarter, equal, plain = pretrained(32), pretrained(128), masked()
-    print(f"discriminator {quarter:.3f}, with an equal generator {equal:.3f}, masked language model {plain:.3f}")
-    assert quarter > plain and quarter > equal

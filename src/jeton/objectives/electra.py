@@ -46,6 +46,10 @@ class Electra(nn.Module):
     Token, position and segment embeddings are one for both where `tied` (the generator's narrower layers read them through their
     own projection). `share` is 0.15, or 0.25 for the large model. `disallow_correct` leaves the original token out of the draw.
 
+    The paper's gain over a masked language model at equal steps has not been seen here: after 600 steps of 32 rows of Python's
+    language reference, two layers of width 128, a linear probe for the topic of a row reached 0.22 on the discriminator's states
+    and 0.29 on those of a masked language model. It needs longer training than that.
+
     `forward(input_ids, attention_mask)` gives {"generator": ..., "discriminator": weight x ...}, which `jeton.train` adds.
     """
 
