@@ -149,9 +149,6 @@ def verify(shape: Shape, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
     batch = tokens.shape[0]
     parents = torch.tensor(shape.parents, device=tokens.device)
     fits = tokens[:, 1:] == wanted.gather(1, parents[None, 1:].expand(batch, -1))
-    # of siblings that hold the same token only the first counts: a second draw below it would be a second chance
-    same = (tokens[:, 1:, None] == tokens[:, None, 1:]) & (parents[1:, None] == parents[None, 1:])
-    fits &= ~same.tril(-1).any(-1)
     rows = torch.arange(batch, device=tokens.device)
     at = torch.zeros(batch, dtype=torch.long, device=tokens.device)
     nodes, real = [at], [torch.ones(batch, dtype=torch.bool, device=tokens.device)]
@@ -159,6 +156,7 @@ def verify(shape: Shape, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
         ids = torch.tensor(level, device=tokens.device)
         hit = fits[:, ids - 1] & (parents[ids][None] == at[:, None]) & real[-1][:, None]
         found = hit.any(1)
+        # the first of siblings that hold the same token: a second draw below another would be a second chance
         at = torch.where(found, ids[hit.to(torch.uint8).argmax(1)], at)
         nodes.append(at)
         real.append(found)
