@@ -11,6 +11,7 @@ from cases import (
     LANGUAGE,
     LANGUAGE_CASES,
     LLAVA_NEXT,
+    NEXT_VIDEO,
     QWEN,
     QWEN2,
     Case,
@@ -229,7 +230,8 @@ def test_reported_flops_are_those_that_ran(case: Case) -> None:
     assert report.flops_full == full
     assert _counted(whole) == pytest.approx(full, rel=1e-6)
     assert _counted(less) == pytest.approx(report.flops - outside, rel=2e-3)
-    assert report.flops < 0.98 * full
+    # in NeXT-Video's batch visual tokens are a smaller part of the padded prompts
+    assert report.flops < (0.98 if case.model == NEXT_VIDEO else 0.95) * full
 
 
 class Unasking(Replay):

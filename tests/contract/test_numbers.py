@@ -111,11 +111,11 @@ def test_labels_are_cut_with_the_prompt(case: Case) -> None:
     labels = inputs["input_ids"].masked_fill(~text, -100)
     with torch.no_grad(), watching(net) as full:
         unreduced = net(**whole, labels=labels).loss
-    with torch.no_grad(), apply(net, case.made()), watching(net) as seen:
+    with torch.no_grad(), apply(net, case.made(0.15)), watching(net) as seen:
         output = net(**whole, labels=labels)
     at = layer_columns(seen, full, len(seen.layers) - 1, inputs)
     ids = labels.gather(1, at.clamp(min=0)).masked_fill(at < 0, -100)
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     assert torch.allclose(output.loss, expected, atol=1e-5)
     assert int((ids >= 0).sum()) == int(text.sum())
-    assert not torch.allclose(output.loss, unreduced, atol=1e-4)
+    assert not torch.allclose(output.loss, unreduced, atol=1e-3)

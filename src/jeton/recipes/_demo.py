@@ -10,10 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .. import bridge
+from ..demo import load_demo
 from ..demo.batches import Batches
 from ..demo.chat import prompt
 from ..demo.evaluate import answers
 from ..demo.examples import Example
+from ..train import Recipe, train
 
 _SEED = 1000
 
@@ -32,6 +35,34 @@ def scenes(processor: ProcessorMixin, size: int, tokens: int) -> Callable[[int],
         }
 
     return batch
+
+
+def bridged(
+    model: Any,
+    size: int,
+    out: Path,
+    recipe: Recipe,
+    questions: int,
+    *,
+    resume: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """Train a bridged embedded model, its encoder frozen, on batches of `size` scenes by the language model's own loss, and
+    measure it on the first held-out questions."""
+    demo = load_demo()
+    examples, processor = demo.examples[:questions], bridge.fit(demo.processor, model)
+    model.model.vision_tower.requires_grad_(False)
+    data = scenes(demo.processor, size, model.bridge.tokens)
+    name = model.config.bridge["id"]
+    told = train(model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name=name)
+    results = {
+        "questions": len(examples),
+        "seconds": round(told.seconds),
+        "tokens": model.bridge.tokens,
+        "loss": [round(value, 3) for value in told.losses["loss"][:: max(1, len(told.steps) // 10)]],
+        "accuracy": share(right(model, processor, examples)),
+    }
+    return write(out, processor, results)
 
 
 def right(model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[Example]) -> list[bool]:

@@ -13,29 +13,14 @@ from typing import Any
 
 from .. import bridge
 from ..demo import load_demo
-from ..train import Recipe, train
-from ._demo import right, scenes, share, write
+from ..train import Recipe
+from ._demo import bridged
 
 RECIPE = Recipe(steps=360, rate=1e-3, warmup=0.1)
 BATCH = 12
 
 
 def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, questions: int = 256) -> dict[str, Any]:
-    demo = load_demo()
-    examples = demo.examples[:questions]
-    model = bridge.attach(demo.model, "llava-mini", side=1, fusion_layers=4)
+    model = bridge.attach(load_demo().model, "llava-mini", side=1, fusion_layers=4)
     model.bridge.start_from(model.model.language_model)  # a few hundred steps are too few for layers that know nothing
-    processor = bridge.fit(demo.processor, model)
-    model.model.vision_tower.requires_grad_(False)
-    data = scenes(demo.processor, BATCH, model.bridge.tokens)
-    told = train(
-        model, data, lambda m, batch: m(**batch).loss, recipe, out=out, resume=resume, progress=progress, name="llava-mini"
-    )
-    results = {
-        "questions": len(examples),
-        "seconds": round(told.seconds),
-        "tokens": model.bridge.tokens,
-        "loss": [round(value, 3) for value in told.losses["loss"][:: max(1, len(told.steps) // 10)]],
-        "accuracy": share(right(model, processor, examples)),
-    }
-    return write(out, processor, results)
+    return bridged(model, BATCH, out, recipe, questions, resume=resume, progress=progress)
