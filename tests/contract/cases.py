@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 import tiny
+import trained
 from jeton.method import Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
 from jeton.needs import ClassAttention, LastAttention
@@ -64,7 +65,10 @@ class Case:
 
 
 # what a method cannot be applied without, where it is not the tiny models' to give
-GIVEN: dict[str, dict[str, Any]] = {"recoverable-compression": {"text": False}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "recoverable-compression": {"text": False},
+    **{name: {"weights": trained.weights(name)} for name in trained.LEARNED},
+}
 
 
 def made(name: str, **fields: Any) -> Method:

@@ -92,7 +92,19 @@ class Stand(Method):
 
     def __init__(self, inner: Method, decided: list[Reduction]) -> None:
         self.inner, self.decided = inner, decided
-        copied = ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "resizes", "of_all", "keep")
+        copied = (
+            "card",
+            "site",
+            "point",
+            "newlines",
+            "prefix_tokens",
+            "proportional",
+            "virtual",
+            "resizes",
+            "of_all",
+            "keep",
+            "finishes",
+        )
         for name in copied:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
@@ -113,6 +125,9 @@ class Stand(Method):
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return self.inner.promise(n, depth)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        return self.inner.finish(tokens)
 
     def shrinks(self, depth: int) -> int | None:
         return self.inner.shrinks(depth)

@@ -184,7 +184,8 @@ class Costs:
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
-        return ran, full
+        own = self.run.learned.flops(round(start) - encoder.prefix) if pictures and lengths else 0.0
+        return ran + pictures * own, full
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
 

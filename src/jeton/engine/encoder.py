@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Album
+from ..learned import Learned
 from ..method import Method
 from ..models import Encoder
 from ..needs import (
+    IN_ENCODER,
     AnchorAttention,
     ClassAttention,
     ClassSimilarity,
@@ -28,12 +30,14 @@ from ..needs import (
     PixelVariance,
     ReceivedAttention,
     TextSimilarity,
+    Trained,
     Values,
 )
 from ..ops import attention, pixels
+from ..ops.policy import policy_softmax
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
-from .tap import Listener
+from .tap import Attention, Listener, add_bias
 
 if TYPE_CHECKING:
     from .run import Run
@@ -81,6 +85,9 @@ class EncoderSite:
         self.size: Tensor | None = None
         self.order: Tensor | None = None
         self.score: Tensor | None = None
+        self.memory: Tensor | None = None
+        self.policy: Tensor | None = None
+        self.softened: list[Tokens] = []
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
@@ -239,7 +246,8 @@ class EncoderSite:
             x = self._step(number, "middle", x)
             self.lengths.append((before, x.shape[1]))
             x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
-            return self._step(number, "after", x)
+            x = self._step(number, "after", x)
+            return self._conclude(x) if number == self.depth - 1 else x
 
         return forward
 
@@ -249,7 +257,7 @@ class EncoderSite:
         for method, steps in self.plan(self._started(x) if number == 0 else self._start):
             step = steps[number] if number < len(steps) else None
             if step is not None and method.point != "before":
-                asked |= {need for need in step.needs().values() if need.layer is None}
+                asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
         self.listeners[number].here = asked
 
     def _started(self, x: Tensor) -> int:
@@ -266,19 +274,18 @@ class EncoderSite:
         return x
 
     def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
-        place = self.place
-        if place is not None and self.reduction is not None:
-            place = place.gather(self.reduction.index)
-        tokens = Tokens(x, self.mask, None, self.size, self.encoder.prefix, place, self.order, self.score)
+        tokens = self._tokens(x)
         listener = self.listeners[number]
-        signals = {name: self._signal(need, listener) for name, need in step.needs().items()}
-        if self.mask is not None and isinstance(getattr(method, "keep", None), float):
+        signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
+        if self.run.train:
+            return self._soften(method, step, tokens, signals)
+        if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
             quota = self._quota(number, method)
             signals |= {} if quota is None else {"quota": quota}
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(method.site, method, tokens, reduction)
         after = reduction.apply(tokens)
-        self.score = after.score
+        self.score, self.memory = after.score, after.memory
         if reduction.is_identity:
             return x
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges
@@ -288,7 +295,38 @@ class EncoderSite:
             self.variance = self.variance.gather(1, reduction.index)
         return after.features
 
-    def _signal(self, need: Need, listener: _Listener) -> Tensor:
+    def _tokens(self, x: Tensor) -> Tokens:
+        place, index = self.place, None if self.reduction is None else self.reduction.index
+        if place is not None and index is not None:
+            place = place.gather(index)
+        return Tokens(
+            x, self.mask, index, self.size, self.encoder.prefix, place, self.order, self.score, self.memory, self.policy
+        )
+
+    def _soften(self, method: Method, step: Method, tokens: Tokens, signals: dict[str, Any]) -> Tensor:
+        """A step in training: all tokens stay, and blocks see them by their policy from here on."""
+        assert isinstance(step, Learned)
+        after = step.soften(tokens, {**signals, "learned": self.run.modules_of(method)})
+        self.size, self.order, self.score, self.memory = after.size, after.order, after.score, after.memory
+        self.policy = after.policy
+        if self.policy is not None and self.mask is not None:
+            self.policy = self.policy * self.mask
+        self.softened.append(replace(after, policy=self.policy))
+        return after.features
+
+    def _conclude(self, x: Tensor) -> Tensor:
+        """Behind the last block: what a method hands on in place of the tokens that are left."""
+        for method in self.stepped:
+            if method.finishes:
+                after = method.finish(self._tokens(x))
+                self.reduction, self.mask = None, self.start_mask
+                self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+                x = after.features
+        return x
+
+    def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
+        if isinstance(need, Trained):
+            return self.run.modules_of(method)
         if not isinstance(need, PixelVariance):
             return listener.now[need]
         if self.variance is None:
@@ -301,9 +339,10 @@ class EncoderSite:
         left = []
         for count in self.counts:
             for step in method.steps(count, self.depth)[: number + 1]:
-                if step is not None and not hasattr(step, "keep"):  # its steps find their own counts
+                planned = count if step is None else getattr(step, "keep", None)
+                if not isinstance(planned, int):  # its steps find their own counts
                     return None
-                count = count if step is None else step.keep  # type: ignore[attr-defined]
+                count = planned
             left.append([count])
         assert self.mask is not None
         return torch.tensor(left, device=self.mask.device)
@@ -362,6 +401,8 @@ class _Listener(Listener):
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         if not self.here and not self.late:
             return
+        if self.site.policy is not None:  # in training signals are read as if masked tokens had left
+            mask = add_bias(mask, self.site.policy.detach().log()[:, None, None].to(query.dtype))
         with self.site.run.clock.measure("selection"):
             real = self.site.mask
             self.now = {need: _measure(need, query, key, value, mask, real, scale) for need in self.here}
@@ -369,6 +410,15 @@ class _Listener(Listener):
                 for part in _chunks(query, key, value, extra):
                     self.site.records[need].append(_measure(need, *part, mask, real, scale))
                 self.site.records_at[need] = self.site.reduction
+
+    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        """In training, attention under the policy."""
+        policy = self.site.policy
+        if policy is None:
+            return None
+        logits = attention.rows(query, key, extra.get("scaling"), self.bias(query, key), logits=True)
+        weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
+        return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:

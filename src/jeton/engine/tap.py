@@ -30,8 +30,8 @@ class Listener:
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         """Take what is needed from q (B, H, R, d), k and v (B, Hk, N, d)."""
 
-    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """What stands in for this call's result, made with `attention(q, k, v, mask)`; None to leave the call alone."""
+    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        """What stands in for this call's result, made with `original(q, k, v, mask)`; None to leave the call alone."""
         return None
 
 

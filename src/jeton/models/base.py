@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from ..layout import Geometry
+from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
 
@@ -128,6 +129,21 @@ class Encoder:
     def keys(self, block: int, n: int) -> int:
         """Keys each token attends to in a block, of n tokens in its picture."""
         return n
+
+    def shape(self, depth: int) -> Shape:
+        """What a learned method builds its modules for; `depth` blocks feed what is handed on."""
+        config = self.model.config
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        return Shape(self.dims[0], heads, depth, self.usual_patches, self.prefix)
+
+    @property
+    def usual_patches(self) -> int:
+        """Patches of a picture of the size in the configuration."""
+        config = self.model.config
+        if not hasattr(config, "image_size"):
+            return config.num_patches
+        sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        return (sides[0] // self.patch_size) * (sides[1] // self.patch_size)
 
     @property
     def dims(self) -> tuple[int, int, bool]:
