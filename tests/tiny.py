@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+import tiny_encoders
 from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
@@ -216,6 +217,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
     "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
     "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
+    **tiny_encoders.BUILDERS,
 }
 
 
@@ -223,7 +225,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
-    made.set_attn_implementation(attention)
+    if hasattr(made, "set_attn_implementation"):
+        made.set_attn_implementation(attention)
+    else:
+        tiny_encoders.attend(made, attention)
     return made.to(dtype)
 
 
@@ -424,6 +429,9 @@ def _qwen_pictures(
 def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     """Inputs of an encoder that stands alone. SigLIP2 gets pictures of different shapes."""
     generator = torch.Generator().manual_seed(seed)
+    own = tiny_encoders.pictures(net, batch, generator)
+    if own is not None:
+        return own
     if net.config.model_type == "siglip2_vision_model":
         shapes = [(7, 7), (4, 9), (6, 5)][:batch]
         mask = torch.zeros(len(shapes), SIDE**2, dtype=torch.long)
@@ -474,6 +482,11 @@ def real(net: nn.Module, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def run(net: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
     """The output that matters: logits, or the last hidden state."""
-    output = net(**inputs, **more)
+    return result(net(**inputs, **more))
+
+
+def result(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
     logits = getattr(output, "logits", None)
     return output.last_hidden_state if logits is None else logits

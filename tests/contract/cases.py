@@ -42,6 +42,13 @@ SISTERS = {
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
+    "DINOv3ViTModel": "Dinov2WithRegistersModel",
+    "ViTMAEModel": "ViTModel",
+    "BeitModel": "ViTModel",
+    "IJepaModel": "SiglipVisionModel",
+    "VideoMAEModel": "SiglipVisionModel",
+    "VisionTransformer": "Dinov2WithRegistersModel",
+    "VisionTransformerDistilled": "DeiTModel",
 }
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
@@ -125,8 +132,7 @@ def claimed(case: Case) -> bool:
         return False
     if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
         return False
-    # pictures cut into patches before they reach the encoder can no longer be made smaller
-    return not (method.resizes and "Siglip2" in case.model)
+    return encoder.resizable or not method.resizes
 
 
 def needed(case: Case) -> bool:
@@ -145,6 +151,7 @@ INNER = (
     "Qwen2VLModel",
     "Qwen2_5_VLModel",
     "CLIPVisionModelWithProjection",
+    "VisionTransformerDistilled",
 )
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
 REFUSED = [case for case in ALL if not claimed(case)]

@@ -113,7 +113,7 @@ def test_encoders_alone_keep_exactly_what_was_promised(case: Case, keep: int | f
     inputs = tiny.inputs_for(net)
     before = tiny.real(net, inputs).sum(1) - encoder.prefix
     with apply(net, method) as run, watching(net) as seen:
-        output = net(**inputs).last_hidden_state
+        output = tiny.run(net, inputs)
         report, tokens = run.report(), run.tokens
     assert tokens is not None and torch.equal(tokens.features, output)
     for picture, count in enumerate(before.tolist()):

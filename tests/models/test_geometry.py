@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tiny
 from jeton.engine import watch
+from jeton.engine.encoder import features_of
 from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
 
@@ -202,22 +203,21 @@ def _silence(block: torch.nn.Module) -> None:
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])
 def test_parts_put_together_are_the_block(name: str) -> None:
     """x + drop1(scale1(attention(norm1(x)))), then the same with the MLP, is what the model's block computes."""
-    view = adapt(tiny.model(name))
+    net = tiny.model(name)
+    view = adapt(net)
     assert isinstance(view, Encoder)
-    x = torch.randn(2, 9, 32)
-    for block in view.blocks:
+    calls: list[tuple] = []
+    handles = [block.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True) for block in view.blocks]
+    tiny.run(net, tiny.inputs_for(net))
+    for handle in handles:
+        handle.remove()
+    assert [call[0] for call in calls] == view.blocks
+    for block, (x, *args), kwargs, own in calls:
         parts = view.parts(block)
-        mixed = (
-            parts.attention(parts.norm1(x), attention_mask=None)
-            if "iglip" in name or "CLIP" in name
-            else parts.attention(parts.norm1(x))
-        )
-        mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+        mixed = features_of(parts.attention(parts.norm1(x), *args, **view.handed(block, kwargs)))
         mine = x + parts.drop1(parts.scale1(mixed))
         mine = mine + parts.drop2(parts.scale2(parts.mlp(parts.norm2(mine))))
-        own = block(x, attention_mask=None) if "iglip" in name or "CLIP" in name else block(x)
-        own = own[0] if isinstance(own, tuple) else own
-        assert torch.allclose(mine, own, atol=1e-6)
+        assert torch.allclose(mine, features_of(own), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])
@@ -226,13 +226,16 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
     view = adapt(net)
     assert isinstance(view, Encoder)
     inputs = tiny.inputs_for(net)
-    with torch.no_grad():
-        hidden = net(**inputs).last_hidden_state
+    with watch(net) as run:
+        tiny.run(net, inputs)
+        hidden = run.tokens.features
     mask = view.token_mask(inputs)
-    patches = [len(item) for item in view.geometry(inputs)]
+    patches = [len(item) for item in view.geometry({"pixel_values": inputs.get(view.argument), **inputs})]
     real = [hidden.shape[1] - view.prefix] * 3 if mask is None else mask.sum(1).tolist()
     assert patches == real
     prefixes = {"DeiTModel": 2, "Dinov2WithRegistersModel": 4, "SiglipVisionModel": 0, "Siglip2VisionModel": 0}
+    prefixes |= {"IJepaModel": 0, "VideoMAEModel": 0, "DINOv3ViTModel": 3}
+    prefixes |= {"VisionTransformer": 3, "VisionTransformerDistilled": 2}
     assert view.prefix == prefixes.get(name, 1) and view.has_class == (view.prefix > 0)
 
 

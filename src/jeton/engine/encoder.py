@@ -56,7 +56,7 @@ class EncoderSite:
             self.stepped = droppers + self.stepped
         self.only: Tensor | None = None
         self.listeners: dict[int, _Listener] = {}
-        self._names = list(inspect.signature(encoder.model.forward).parameters)
+        self._names = list(inspect.signature(encoder.entrance.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
@@ -64,6 +64,7 @@ class EncoderSite:
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
         for need in late.difference(self.texts, self.seen):
             self._listener(self.block_of(need)).late.add(need)
+        self.averaged = encoder.averaged(run.model)
         self.clear()
 
     def block_of(self, need: Need) -> int:
@@ -91,6 +92,7 @@ class EncoderSite:
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
+        self.last: Tensor | None = None
         self.lengths: list[tuple[int, int]] = []
         self.patches = self.pictures = 0
         self.counts: list[int] = []
@@ -104,9 +106,8 @@ class EncoderSite:
     # -- plugging in -------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        model = self.encoder.model
-        self.run.hook(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self.run.hook(model.register_forward_hook(self._finish))
+        self.run.hook(self.encoder.entrance.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.run.hook(self.encoder.exit.register_forward_hook(self._finish))
         blocks = self.encoder.blocks
         if self.stepped:
             for number, block in enumerate(blocks):
@@ -114,10 +115,13 @@ class EncoderSite:
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
+        if self.averaged is not None:
+            self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
+            self.run.hook(self.averaged.register_forward_pre_hook(self._average))
         if self.keep_special and self.encoder.prefix:
             self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
         for number, listener in self.listeners.items():
-            self.run.taps.listen(self.encoder.attention(blocks[number]), listener)
+            self.run.taps.listen(self.encoder.attention(blocks[number]), listener, self.encoder.functional)
         self.run.undo(self._restore)
 
     def _pool(self, module: nn.Module, args: tuple) -> tuple:
@@ -125,7 +129,23 @@ class EncoderSite:
         return args if self.reduction is None else (args[0], self.mask, *args[2:])
 
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.special = (output[0] if isinstance(output, tuple) else output)[:, : self.encoder.prefix]
+        self.special = features_of(output)[:, : self.encoder.prefix]
+
+    def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.last = features_of(output)
+
+    def _average(self, module: nn.Module, args: tuple) -> tuple | None:
+        """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
+        tokens = self.run.tokens
+        if tokens is None and self.last is not None:  # the head comes before the encoder's output
+            index = None if self.reduction is None else self.reduction.index
+            tokens = Tokens(self.last, self.mask, index, self.size, self.encoder.prefix)
+        if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
+            return None
+        weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
+        if not self.encoder.pools_special:
+            weight = weight * (tokens.origin >= self.encoder.prefix)
+        return (self.encoder.pooled(tokens.features, weight), *args[1:])
 
     def _listener(self, block: int) -> _Listener:
         return self.listeners.setdefault(block, _Listener(self))
@@ -147,10 +167,13 @@ class EncoderSite:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Start of the encoder's forward: fresh state, and a smaller picture where a method asks for one."""
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        name = self.encoder.argument
+        if name != "pixel_values":
+            inputs["pixel_values"] = inputs.pop(name)
         self.clear()
         self.inputs = inputs
         if self.stepped:
-            self.run.refuse_checkpointing(module, self.encoder.blocks[0])
+            self.run.refuse_checkpointing(self.encoder.model, self.encoder.checkpointing)
         self._started_at = self.run.clock.now()
         if self.alone:
             self.run.clock.begin("encoder")
@@ -172,9 +195,9 @@ class EncoderSite:
         self.place = behind(self.bare_place, self.encoder.prefix)
         for method in self.pixels:
             inputs = self._shrink_picture(method, inputs, len(album))
-        self.inputs = inputs
+        self.inputs = inputs = self.encoder.arranged(inputs)
         self._look(inputs)
-        return (), inputs
+        return (), {name if key == "pixel_values" else key: value for key, value in inputs.items()}
 
     def _look(self, inputs: dict) -> None:
         """Record the signals that are read from the pictures themselves."""
@@ -190,7 +213,7 @@ class EncoderSite:
         for need in self.texts:
             assert need.tower is not None
             with self.run.clock.measure("selection"):
-                self.records[need].append(need.tower.similarity(output[0], need.questions, need.end, need.normed))
+                self.records[need].append(need.tower.similarity(features_of(output), need.questions, need.end, need.normed))
                 self.records_at[need] = self.reduction
         if self.only is None:
             return None
@@ -239,7 +262,7 @@ class EncoderSite:
             x = self._step(number, "before", hidden_states)
             before = x.shape[1]
             args = tuple(self._trim(value) for value in args)
-            kwargs = {name: self._trim(value) if name == "attention_mask" else value for name, value in kwargs.items()}
+            kwargs = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
             mixed = parts.attention(parts.norm1(x), *args, **kwargs)
             mixed = mixed[0] if isinstance(mixed, tuple) else mixed
             x = parts.drop1(parts.scale1(mixed)) + x
@@ -351,15 +374,25 @@ class EncoderSite:
         self.history.append((number, step))
         self.reduction = step if self.reduction is None else self.reduction.then(step)
 
-    def _trim(self, mask: Any) -> Any:
-        """An attention mask of the full sequence, cut to the tokens that are left."""
-        if not isinstance(mask, Tensor) or mask.dim() != 4 or self.reduction is None:
-            return mask
+    def _trim(self, value: Any) -> Any:
+        """An attention mask or rotary tables of the full sequence, cut to the tokens that are left; anything else as it is."""
+        if self.reduction is None:
+            return value
         index = self.reduction.index
+        if isinstance(value, tuple) and all(isinstance(part, Tensor) and part.dim() == 2 for part in value):
+            return tuple(self._turned(part, index) for part in value)
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            return value
+        mask = value
         keys = gather(mask.expand(index.shape[0], -1, -1, -1).permute(0, 3, 1, 2), index).permute(0, 2, 3, 1)
         if keys.shape[2] == 1:
             return keys
         return gather(keys.transpose(1, 2), index).transpose(1, 2)
+
+    def _turned(self, table: Tensor, index: Tensor) -> Tensor:
+        """(B, 1, K, d) the rows of a rotary table (P, d) for the tokens left; special tokens it does not know are not turned."""
+        still = self._start + self.encoder.prefix - table.shape[0]
+        return table[index[:, still:] - still][:, None]
 
     # -- what later sites read -----------------------------------------------------------------------------------------
 
@@ -442,13 +475,13 @@ def _measure(
     if isinstance(need, ClassAttention):
         return attention.rows(query[:, :, :1], key, scale, first, logits=need.logits)[:, :, 0]
     if isinstance(need, MeanAttention):
-        return attention.rows(_mean_row(query, real), key, scale, first)[:, :, 0]
+        return attention.rows(_mean_row(query, real), key, scale, _mean_mask(mask, real))[:, :, 0]
     if isinstance(need, ClassSimilarity):
         return attention.rows(value[:, :, :1], value, 1.0, first)[:, :, 0]
     if isinstance(need, ReceivedAttention):
-        return attention.received(query, key, scale, real)
+        return attention.received(query, key, scale, real, bias=mask)
     if isinstance(need, AnchorAttention):
-        return attention.anchored(query, key, need.threshold, scale, real)
+        return attention.anchored(query, key, need.threshold, scale, real, bias=mask)
     if isinstance(need, Keys):
         return key.mean(1)
     if isinstance(need, Values):
@@ -462,6 +495,22 @@ def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
         return query.float().mean(2, keepdim=True)
     shown = query.float().masked_fill(~real[:, None, :, None], 0)
     return shown.sum(2, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None, None]
+
+
+def _mean_mask(mask: Tensor | None, real: Tensor | None) -> Tensor | None:
+    """The mask of the mean query: a bias that differs by query is averaged over real tokens as the logits are."""
+    if mask is None or mask.dtype == torch.bool or mask.shape[2] == 1:
+        return None if mask is None else mask[:, :, :1]
+    if real is None:
+        return mask.float().mean(2, keepdim=True)
+    shown = mask.float().masked_fill(~real[:, None, :, None], 0).sum(2, keepdim=True)
+    return shown / real.sum(1).clamp(min=1)[:, None, None, None]
+
+
+def features_of(output: Any) -> Tensor:
+    """(B, N, D) the tokens of a module's output, which is or starts with them."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def _tokens_last(need: Need, value: Tensor) -> Tensor:

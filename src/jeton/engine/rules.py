@@ -55,7 +55,7 @@ class RuleSite:
         self._others = None
         if self.prompt.flow is not None:
             self.ran.clear()
-            self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
+            self.prompt.run.refuse_checkpointing(module, self.prompt.view.checkpointing)
 
     def _stand_in(self, module: nn.Module, forward: Any) -> None:
         own = module.__dict__.get("forward")

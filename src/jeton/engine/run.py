@@ -257,13 +257,12 @@ class Run:
                 f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
             )
+        self.encoder.check(self.model)
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
             if method.resizes and not self.encoder.resizable:
-                self._refuse(
-                    method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
-                )
+                self._refuse(method, *self.encoder.fixed)
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
@@ -360,9 +359,9 @@ class Run:
                 f"ask for fewer, or for a fraction such as keep=0.25."
             )
 
-    def refuse_checkpointing(self, module: nn.Module, layer: nn.Module) -> None:
+    def refuse_checkpointing(self, module: nn.Module, again: bool) -> None:
         """Refuse what runs layers a second time in the backward pass, when the state of their forward is gone."""
-        if module.training and getattr(layer, "gradient_checkpointing", False):
+        if again:
             raise Unsupported(
                 f"{self.spec} acts between layers of {type(module).__name__}, which gradient checkpointing runs again later; "
                 "call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."

@@ -1,6 +1,21 @@
 """What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
 
-from . import bridged, clip, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, vit
+from . import (
+    beit,
+    bridged,
+    clip,
+    dinov3,
+    ijepa,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    timm_vit,
+    videomae,
+    vit,
+    vit_mae,
+)
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
 from .clip_text import ClipText
 
@@ -12,12 +27,18 @@ __all__ = [
     "VisionLanguage",
     "adapt",
     "adapter",
+    "beit",
     "bridged",
     "clip",
+    "dinov3",
+    "ijepa",
     "llava",
     "llava_next",
     "llava_onevision",
     "qwen2_5_vl",
     "qwen2_vl",
+    "timm_vit",
+    "videomae",
     "vit",
+    "vit_mae",
 ]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..layout import Geometry
@@ -53,9 +55,11 @@ class Encoder:
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that
-    is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise.
+    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels; fixed: what to say
+    where it does not, why and what would work. pooling: the head that is handed a token mask as its second argument, where there
+    is one. pools_special: the head's mean over tokens has special tokens in it. functional: its attention calls torch's
+    `scaled_dot_product_attention` itself and no function of transformers' registry. argument: what `entrance` calls the pixels.
+    pixel_mean, pixel_std: how the family's processor normalises pixels unless told otherwise.
     """
 
     prefix: int = 0
@@ -63,7 +67,11 @@ class Encoder:
     packed: bool = False
     groups: bool = False
     resizable: bool = True
+    fixed: tuple[str, str] = ("takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool")
     pooling: nn.Module | None = None
+    pools_special: bool = False
+    functional: bool = False
+    argument: str = "pixel_values"
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -74,12 +82,44 @@ class Encoder:
     def name(self) -> str:
         return type(self.model).__name__
 
+    def check(self, top: nn.Module) -> None:
+        """Raise `Unsupported` where this very model, held by `top` (itself or a model with a head), is one that no method can act
+        on, whatever it is."""
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The module that is called with the pixels first: the model, unless it is used without being called itself."""
+        return self.model
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module whose output is, or starts with, the encoder's tokens."""
+        return self.model
+
     @property
     def blocks(self) -> list[nn.Module]:
         raise NotImplementedError
 
     def parts(self, block: nn.Module) -> Parts:
         raise NotImplementedError
+
+    def handed(self, block: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a block hands to its attention beside the tokens, given what it is handed itself: masks (B or 1, H or 1, N or 1,
+        N) and pairs of rotary tables (P, d), all for the full sequence. They are cut to the tokens that are left."""
+        return kwargs
+
+    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""
+        return inputs
+
+    def averaged(self, top: nn.Module) -> nn.Module | None:
+        """The module that is handed the mean of all patches, in this model or in `top`; None where no head averages."""
+        return None
+
+    def pooled(self, features: Tensor, weight: Tensor) -> Tensor:
+        """(B, D) what `averaged` is handed, for tokens (B, N, D) that stand for `weight` (B, N) patches each."""
+        share = weight / weight.sum(1, keepdim=True)
+        return torch.einsum("bn,bnd->bd", share.to(features.dtype), features)
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The module that calls the attention function (or holds the one that does)."""
@@ -119,8 +159,15 @@ class Encoder:
 
     def smaller(self, inputs: Inputs, picture: Callable[[Tensor, tuple[int, int], int], Tensor], grid: tuple[int, int]) -> dict:
         """Inputs for the same encoder on a smaller picture of `grid` patches, position embeddings interpolated."""
-        pixels = picture(inputs["pixel_values"], grid, self.patch_size)
-        return {**inputs, "pixel_values": pixels, "interpolate_pos_encoding": True}
+        small = {**inputs, "pixel_values": picture(inputs["pixel_values"], grid, self.patch_size)}
+        if "interpolate_pos_encoding" in signature(self.entrance.forward).parameters:
+            small["interpolate_pos_encoding"] = True
+        return small
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks run a second time in the backward pass."""
+        return self.model.training and getattr(self.blocks[0], "gradient_checkpointing", False)
 
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """One layer's record, per attention call (packed encoders call once per picture or window), in the order of patches."""
@@ -238,6 +285,11 @@ class VisionLanguage:
     @property
     def rotary(self) -> nn.Module:
         return self.decoder.rotary_emb
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers run a second time in the backward pass."""
+        return self.decoder.training and getattr(self.layers[0], "gradient_checkpointing", False)
 
     @property
     def feature_block(self) -> int:
