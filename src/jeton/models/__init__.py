@@ -1,6 +1,19 @@
 """What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
 
-from . import bridged, clip, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, vit
+from . import (
+    bridged,
+    clip,
+    glm4v,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    ovis2,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    vit,
+)
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
 from .clip_text import ClipText
 
@@ -14,10 +27,14 @@ __all__ = [
     "adapter",
     "bridged",
     "clip",
+    "glm4v",
+    "internvl",
     "llava",
     "llava_next",
     "llava_onevision",
+    "ovis2",
     "qwen2_5_vl",
     "qwen2_vl",
+    "qwen3_vl",
     "vit",
 ]
