@@ -93,6 +93,28 @@ class Geometry:
         unit = at // (height * width)
         return Geometry.of(source, unit, cell // width, cell % width, grids, count * per_token, kinds)
 
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def blocks(height: int, width: int, side: int) -> Geometry:
+        """One picture of height x width patches, row by row, of which squares of side x side make a token; what fills no square
+        is left out."""
+        rows, cols = height // side, width // side
+        corner = (torch.arange(rows)[:, None] * width + torch.arange(cols)) * side
+        inside = torch.arange(side)[:, None] * width + torch.arange(side)
+        source = corner.flatten()[:, None] + inside.flatten()
+        return replace(Geometry.picture(rows, cols), source=source, patches=height * width)
+
+    @staticmethod
+    def joined(pictures: Sequence[Geometry], kinds: tuple[str, ...], crops: tuple[int, int] = (1, 1)) -> Geometry:
+        """Images of one picture each as the pictures of one image, in their order. kinds: what each is; crops: rows and columns
+        of the crops behind a thumbnail."""
+        starts = torch.tensor([0, *(item.patches for item in pictures)]).cumsum(0).tolist()
+        source = torch.cat([_shift(item.source, start) for item, start in zip(pictures, starts, strict=False)])
+        unit = torch.cat([torch.full((len(item),), number) for number, item in enumerate(pictures)])
+        row, col = (torch.cat([getattr(item, name) for item in pictures]) for name in ("row", "col"))
+        grids = [(int(item.height[0]), int(item.width[0])) for item in pictures]
+        return Geometry.of(source, unit, row, col, grids, starts[-1], kinds, crops)
+
 
 @dataclass(frozen=True)
 class Rows:

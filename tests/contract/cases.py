@@ -30,8 +30,13 @@ LANGUAGE = [
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "BridgedLlava",
+    "InternVLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
 ]
-LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
+INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:]
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -39,6 +44,15 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    INTERNVL: ONEVISION,
+    QWEN3: QWEN,
+    GLM4V: QWEN,
+    OVIS2: ONEVISION,
+    "InternVLVisionModel": "Dinov2Model",
+    "InternVLModel": "LlavaOnevisionModel",
+    "Qwen3VLModel": "Qwen2_5_VLModel",
+    "Glm4vModel": "Qwen2_5_VLModel",
+    "Ovis2Model": "LlavaOnevisionModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
@@ -150,6 +164,10 @@ INNER = (
     "LlavaOnevisionModel",
     "Qwen2VLModel",
     "Qwen2_5_VLModel",
+    "InternVLModel",
+    "Qwen3VLModel",
+    "Glm4vModel",
+    "Ovis2Model",
     "CLIPVisionModelWithProjection",
     "VisionTransformerDistilled",
 )
@@ -175,6 +193,12 @@ def _weighed(case: Case) -> Any:
     """A case as pytest's parameter; slow where a sister family stands in for it."""
     spoken_for = case.model in SISTERS and case.method not in SPEAKERS
     return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
+
+
+def coordinates(case: Case) -> bool:
+    """Whether positions are time, height and width, which cannot be renumbered."""
+    seen = view(case.model)
+    return isinstance(seen, VisionLanguage) and seen.rotary_rows > 1
 
 
 both_attentions = pytest.mark.parametrize("attention", ATTENTIONS)

@@ -28,16 +28,19 @@ def test_geometry_has_as_many_tokens_as_the_model_makes(name: str) -> None:
     inputs = tiny.inputs_for(net)
     for stream, method in view.streams().items():
         own = _own(inputs, stream)
+        if not own:  # a family that takes no batch of images and videos
+            continue
         with torch.no_grad():
             features = getattr(view.base, method)(**own).pooler_output
         geometry = view.geometry(own, stream)
-        assert [len(item) for item in geometry] == [len(part) for part in features]
+        made = [len(item) for item in geometry], [len(part) for part in features]
+        assert sum(made[0]) == sum(made[1]) if view.told_by_prompt else made[0] == made[1]
 
 
 def _own(inputs: tiny.Inputs, stream: str) -> tiny.Inputs:
     """The arguments of the method that encodes one kind of picture."""
     names = {
-        "image": ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"),
+        "image": ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
     return {name: inputs[name] for name in names[stream] if name in inputs}
@@ -47,7 +50,7 @@ def _own(inputs: tiny.Inputs, stream: str) -> tiny.Inputs:
 def test_every_patch_is_used_at_most_once_and_stands_inside_its_grid(name: str) -> None:
     net, view = tiny.model(name), seen(name)
     inputs = tiny.inputs_for(net)
-    for stream in view.streams():
+    for stream in filter(lambda stream: _own(inputs, stream), view.streams()):
         for geometry in view.geometry(_own(inputs, stream), stream):
             used = geometry.source[geometry.source >= 0]
             # a map that is resized makes neighbouring tokens of the same patches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layout import Layout
 from ..method import Method
@@ -155,7 +155,7 @@ class Costs:
             ran += layer_flops(rules.get(layer), self.layout.batch, int(length), view.dims, attended)
             full += layer_flops(None, self.layout.batch, self.length, view.dims)
         if view.projector is not None:
-            each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
+            each = view.projection
             assert self.flow is not None
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)

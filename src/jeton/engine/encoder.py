@@ -218,10 +218,17 @@ class EncoderSite:
         if self.only is None:
             return None
         # the model splits what comes out by picture: lay it out on the full map
-        group = len(self.only) // len(output.pooler_output)
-        full = output.pooler_output.new_zeros(self.patches // group, output.pooler_output.shape[-1])
-        output.pooler_output = full.index_copy(0, self.only[::group] // group, output.pooler_output)
+        for name in self.encoder.outputs:
+            made = getattr(output, name)
+            setattr(output, name, self._laid_out(made) if isinstance(made, Tensor) else [self._laid_out(part) for part in made])
         return output
+
+    def _laid_out(self, made: Tensor) -> Tensor:
+        """What was made of the groups that stayed (g, D), on the full map, zero elsewhere."""
+        assert self.only is not None
+        group = len(self.only) // len(made)
+        full = made.new_zeros(self.patches // group, made.shape[-1])
+        return full.index_copy(0, self.only[::group] // group, made)
 
     def _shrink_picture(self, method: Any, inputs: dict, pictures: int) -> dict:
         picture = inputs["pixel_values"]

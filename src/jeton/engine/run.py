@@ -278,6 +278,11 @@ class Run:
                 f"{self.view.name} numbers positions by time, height and width, which are coordinates and cannot be renumbered "
                 f'without gaps; use positions="keep".'
             )
+        if self.newlines in ("drop", "pool") and isinstance(self.view, VisionLanguage) and self.view.marks:
+            raise Unsupported(
+                f"{self.view.name} has no newlines of its own: {self.view.marks} are text of the prompt, and stay; leave out "
+                f'newlines={self.newlines!r}, or use newlines="keep".'
+            )
         self._check_virtual()
         config = getattr(self.encoder.model, "config", None)
         implementation = getattr(config, "_attn_implementation", None) or ""

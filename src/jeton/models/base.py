@@ -55,7 +55,7 @@ class Encoder:
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels; fixed: what to say
+    groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say
     where it does not, why and what would work. pooling: the head that is handed a token mask as its second argument, where there
     is one. pools_special: the head's mean over tokens has special tokens in it. functional: its attention calls torch's
     `scaled_dot_product_attention` itself and no function of transformers' registry. argument: what `entrance` calls the pixels.
@@ -66,6 +66,7 @@ class Encoder:
     has_class: bool = False
     packed: bool = False
     groups: bool = False
+    outputs: tuple[str, ...] = ("pooler_output",)
     resizable: bool = True
     fixed: tuple[str, str] = ("takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool")
     pooling: nn.Module | None = None
@@ -205,12 +206,18 @@ class VisionLanguage:
     base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
     projector: the module that maps encoder features one by one to embeddings, None where there is none. mixes: patches are mixed
     into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside the encoder one by one, and
-    methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    methods of the site encoder act on what comes out. rotary_rows: rows of the position ids. told_by_prompt: only
+    the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the tokens of one image;
+    it is text to the model, and stays. deepstack: the decoder's argument with features that are added to visual tokens behind its
+    first layers, and its method that adds them.
     """
 
     projector: nn.Module | None = None
     mixes: bool = False
     rotary_rows: int = 1
+    told_by_prompt: bool = False
+    marks: str = ""
+    deepstack: tuple[str, str] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -307,9 +314,19 @@ class VisionLanguage:
         """One geometry for each image (or video) of one encoder call, in order."""
         raise NotImplementedError
 
+    def prompted(self, geometry: tuple[Geometry, ...], input_ids: Tensor, visual: Tensor) -> tuple[Geometry, ...]:
+        """The images that prompts (B, L) with `visual` columns show, of the pictures that were encoded, in the same order."""
+        return geometry
+
     def visual(self, input_ids: Tensor, stream: str) -> Tensor:
         """(B, L) true at the columns that hold visual tokens of this kind."""
         return input_ids == getattr(self.model.config, f"{stream}_token_id")
+
+    @property
+    def projection(self) -> float:
+        """FLOPs of the projector for one token."""
+        parts = [] if self.projector is None else self.projector.modules()
+        return float(sum(2 * part.weight.numel() for part in parts if isinstance(part, nn.Linear)))
 
     def between(self, length: int) -> float:
         """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of
