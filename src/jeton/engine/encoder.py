@@ -381,6 +381,15 @@ class EncoderSite:
         self.history.append((number, step))
         self.reduction = step if self.reduction is None else self.reduction.then(step)
 
+    def until(self, block: int) -> Reduction | None:
+        """What all steps together did up to and with a block; None where none has acted."""
+        last = block % len(self.encoder.blocks)
+        done: Reduction | None = None
+        for number, step in self.history:
+            if number <= last:
+                done = step if done is None else done.then(step)
+        return done
+
     def _trim(self, value: Any) -> Any:
         """An attention mask or rotary tables of the full sequence, cut to the tokens that are left; anything else as it is."""
         if self.reduction is None:

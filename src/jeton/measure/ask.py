@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import engine
 from ..method import Method, get
 from .data import Question, check_image
-from .picture import sheet
+from ..engine.picture import sheet
 from .plan import Case
 from .shown import seen
 from .speak import Speaker
