@@ -18,6 +18,7 @@ from ..models import Encoder, VisionLanguage, adapt
 from ..needs import (
     IN_ENCODER,
     ClassAttention,
+    ClassLikeness,
     ClassSimilarity,
     Given,
     LastAttention,
@@ -335,10 +336,11 @@ class Run:
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:
         for need in needs:
-            if isinstance(need, ClassAttention | ClassSimilarity) and not self.encoder.has_class:
+            if isinstance(need, ClassAttention | ClassSimilarity | ClassLikeness) and not self.encoder.has_class:
                 option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
                 lacks = f"has an encoder without a class token ({self.encoder.name})"
-                self._refuse(method, lacks, option, "the class token's attention")
+                reads = "the class token" if isinstance(need, ClassLikeness) else "the class token's attention"
+                self._refuse(method, lacks, option, reads)
             if isinstance(need, LastAttention | LastSimilarity) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
