@@ -7,7 +7,15 @@ from transformers import AutoModelForImageClassification
 
 from jeton.backbones.adventurer import AdventurerConfig, AdventurerForImageClassification, Block, turned
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 4, "state_size": 8, "head_dim": 16, "image_size": 8, "patch_size": 2, "num_labels": 5}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "state_size": 8,
+    "head_dim": 16,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_labels": 5,
+}
 
 
 def small(**more):
@@ -39,7 +47,9 @@ def test_the_mixer_is_given_the_mean_first_and_flipped_patches():
     x = torch.arange(8.0).view(1, 4, 2)
     block = Block(2, Listen(), Nothing(), flip=True)
     out = block.mix(x)
-    assert seen[0][0].tolist() == [[3, 4], [4, 5], [2, 3], [0, 1], [6, 7]], "mean, patches from the last to the first, class token"
+    assert seen[0][0].tolist() == [[3, 4], [4, 5], [2, 3], [0, 1], [6, 7]], (
+        "mean, patches from the last to the first, class token"
+    )
     assert out[0].tolist() == [[9, 13], [9, 12], [7, 9], [15, 20]], "back in their places, without the mean's own output"
     assert turned(turned(x)).equal(x)
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 import jeton
+import tiny
 from jeton.engine.picture import overlay
 
 
@@ -43,7 +43,9 @@ def test_the_pixels_are_those_the_encoder_saw():
         levels = ((pixels[1] * 0.5 + 0.5) * 255).round().permute(1, 2, 0).byte().numpy()
         expected = overlay(Image.fromarray(levels), run.assignment(1)[0], 336)
         assert (array(run.picture(image=1)) == array(expected)).all()
-        assert (array(run.picture(0, image=1)) == array(Image.fromarray(levels).resize((336, 336), Image.Resampling.BICUBIC))).all()
+        assert (
+            array(run.picture(0, image=1)) == array(Image.fromarray(levels).resize((336, 336), Image.Resampling.BICUBIC))
+        ).all()
 
 
 def test_crops_stand_side_by_side():

@@ -1,10 +1,10 @@
 """GGeM: worked values, its special cases, its gradient, and sizes."""
 
 import pytest
-import tiny
 import torch
 
 import jeton
+import tiny
 from jeton.heads import GGeM
 from jeton.tokens import Tokens
 

@@ -1,11 +1,11 @@
 """GLSim's box, crop and two views."""
 
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jeton
+import tiny
 from jeton.heads import GLSimClassifier
 from jeton.ops import boxes
 from jeton.ops.similarity import to_first

@@ -3,10 +3,10 @@
 import math
 
 import pytest
-import tiny
 import torch
 
 import jeton
+import tiny
 from jeton.demo import digits
 from jeton.measure.patch_scaling import Law, Point, Scaling, fit, repatched, study
 from jeton.ops.flops import block_flops
@@ -14,7 +14,9 @@ from jeton.ops.flops import block_flops
 
 def fixed(scores):
     """A study whose metric is looked up by patch size."""
-    made = study(lambda patch, seed: torch.nn.Conv2d(1, 1, patch), lambda *_: None, lambda m: scores[m.kernel_size[0]], (16, 8, 4), 32)
+    made = study(
+        lambda patch, seed: torch.nn.Conv2d(1, 1, patch), lambda *_: None, lambda m: scores[m.kernel_size[0]], (16, 8, 4), 32
+    )
     return made
 
 
@@ -57,7 +59,16 @@ def test_every_seed_is_trained_and_measured_once():
         seeds=(3, 5),
         progress=lambda *told: calls.append(told),
     )
-    assert calls == [("train", 2, 3), (2, 3, 1.0), ("train", 2, 5), (2, 5, 3.0), ("train", 1, 3), (1, 3, 5.0), ("train", 1, 5), (1, 5, 7.0)]
+    assert calls == [
+        ("train", 2, 3),
+        (2, 3, 1.0),
+        ("train", 2, 5),
+        (2, 5, 3.0),
+        ("train", 1, 3),
+        (1, 3, 5.0),
+        ("train", 1, 5),
+        (1, 5, 7.0),
+    ]
     assert found.points[1].flops == 6 * block_flops(65, 48, 192)
     with pytest.raises(ValueError, match="do not fill"):
         study(lambda *_: None, lambda *_: None, lambda _: 0.0, (3,), 8)

@@ -1,13 +1,12 @@
 """PH-Reg: views and their averages, what the student is, and what training does to a planted artifact."""
 
 import pytest
-import tiny
 import torch
 import transformers
 from transformers import Dinov2WithRegistersModel
 
 import jeton
-from jeton.demo import digits
+import tiny
 from jeton.models import adapt
 from jeton.objectives.ph_reg import PHReg, Views, denoised, student
 from jeton.ops.selection import farthest
@@ -107,7 +106,9 @@ def test_only_the_named_parameters_learn(name):
     named = {key for key, value in made.named_parameters() if value.requires_grad}
     last = [key for key in named if any(part in key for part in ("layers.4.", "layer.4."))]
     rest = named.difference(last)
-    assert len(last) >= 12 and all(any(part in key for part in ("regist", "position_embedding", "patch_embedding")) for key in rest)
+    assert len(last) >= 12 and all(
+        any(part in key for part in ("regist", "position_embedding", "patch_embedding")) for key in rest
+    )
     assert len(rest) == (3 if name == "CLIPVisionModel" else 4), "CLIP's patch embedding has no bias"
     before = {key: value.clone() for key, value in made.state_dict().items()}
     loss, optimizer = PHReg(teacher, views=3), torch.optim.AdamW([v for v in made.parameters() if v.requires_grad], 1e-2)
@@ -135,31 +136,32 @@ def test_other_encoders_are_refused():
         student(tiny.model("ViTModel"))
 
 
-def lengths(model, pixels, prefix):
-    """(B, N) norms of the patches in front of the last layer norm."""
-    seen = []
-    handle = model.layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, prefix:].norm(dim=-1)))
-    with torch.no_grad():
-        features = model(pixels)[0][:, prefix:]
-    handle.remove()
-    return features, seen[0]
-
-
+@pytest.mark.slow
 def test_training_takes_a_planted_artifact_away():
-    """The trained digits encoder, with a vector added to the position table that makes two places stand out."""
-    found = digits.load_digits()
-    teacher, pixels, places = found.model.vit, found.test.pixels[:100], [20, 45]
-    plain, usual = lengths(teacher, pixels, 1)
+    """A toy teacher that looks at each patch alone, but for a vector at two places of its position table: tokens of high norm,
+    whatever the picture shows. Seen from many views they spread thin, and the student unlearns them."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**{**tiny.vision(intermediate_size=64), "num_hidden_layers": 2})
+    teacher, places = tiny.ready(transformers.ViTModel(config)), [10, 38]
     with torch.no_grad():
-        vector = 4 * torch.randn(48, generator=torch.Generator().manual_seed(1))
-        teacher.embeddings.position_embeddings[:, [1 + place for place in places]] += vector
-    spoilt, high = lengths(teacher, pixels, 1)
-    assert (high[:, places] > usual.max()).float().mean() > 0.9, "artifacts are tokens of high norm"
+        for name, weight in teacher.named_parameters():
+            if ".o_proj." in name or "attention.output" in name or "position_embeddings" in name:
+                weight.zero_()
+        teacher.layernorm.weight.fill_(1.0)
+        teacher.embeddings.position_embeddings[:, [1 + place for place in places]] = 40 * torch.randn(32)
+
+    def high(model, pixels):
+        """The share of patches whose norm in front of the last layer norm is twice the median."""
+        seen = []
+        handle = model.layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, -49:].norm(dim=-1)))
+        with torch.no_grad():
+            model(pixels)
+        handle.remove()
+        return (seen[0] > 2 * seen[0].median()).float().mean().item()
+
+    pictures = torch.randn(256, 3, 28, 28)
+    assert high(teacher, pictures[:32]) == pytest.approx(2 / 49, abs=5e-3)
     made = student(teacher, 4, torch.Generator().manual_seed(0))
-    train(made, found.train, PHReg(teacher, fill=(-1.0,)), Recipe(steps=60, rate=5e-3, batch=32), progress=False)
-    healed, after = lengths(made, pixels, 5)
-    above = float(usual.max())
-    share = [(norms > above).float().mean().item() for norms in (high, after)]
-    assert share[1] < 0.5 * share[0], share
-    gone = [(features - plain).norm(dim=-1).mean(0)[places].mean() for features in (spoilt, healed)]
-    assert gone[1] < 0.7 * gone[0], gone
+    loss = PHReg(teacher, views=8, fill=(0.0,) * 3)
+    train(made, pictures, loss, Recipe(steps=60, rate=1.0, batch=16), progress=False)
+    assert high(made, pictures[:32]) < 0.25 * high(teacher, pictures[:32])

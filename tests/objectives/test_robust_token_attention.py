@@ -1,10 +1,10 @@
 """TAP and ADL against worked values."""
 
 import pytest
-import tiny
 import torch
 
 import jeton
+import tiny
 from jeton.demo import digits
 from jeton.objectives.robust_token_attention import RobustTokenAttention, TokenAwarePooling, attach, average, diversity
 
@@ -36,7 +36,9 @@ def test_one_branch_is_the_model_itself(name):
 
 def test_special_tokens_pass_by_and_only_named_blocks_pool():
     model = attach(tiny.BUILDERS["DeiTModel"](), blocks=[1, 3])
-    kinds = [type(block.layernorm_before).__name__ for block in (model.layers if hasattr(model, "layers") else model.encoder.layer)]
+    kinds = [
+        type(block.layernorm_before).__name__ for block in (model.layers if hasattr(model, "layers") else model.encoder.layer)
+    ]
     assert kinds == ["LayerNorm", "PooledNorm", "LayerNorm", "PooledNorm", "LayerNorm"]
     pooled = next(part for part in model.modules() if type(part).__name__ == "PooledNorm").eval()
     x = torch.randn(2, 2 + 49, 32)

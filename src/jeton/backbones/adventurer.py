@@ -113,7 +113,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 class AdventurerForImageClassification(PreTrainedModel):
-    """`pixel_values` (B, C, H, W) -> logits of the class token, the last of the sequence. Sizes are `AdventurerConfig.preset`'s."""
+    """`pixel_values` (B, C, H, W) -> logits of the class token, the last of the sequence; sizes: `AdventurerConfig.preset`."""
 
     config_class = AdventurerConfig
     main_input_name = "pixel_values"

@@ -250,9 +250,9 @@ class Run:
         """One image of the last forward with its reduction drawn over it: dropped patches dark, merged ones in one colour with an
         outline; crops or frames side by side, each `size` pixels wide.
 
-        layer: the block of the encoder behind which to look, negative ones counted from the last; None for what is left at the end, in a
-        vision-language model behind its last layer. of: what to draw on, a PIL image or a list of one for each crop or frame;
-        None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into patches
+        layer: the block of the encoder behind which to look, negative ones counted from the last; None for what is left at the
+        end, in a vision-language model behind its last layer. of: what to draw on, a PIL image or a list of one for each crop or
+        frame; None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into patches
         beforehand).
         """
         maps = self.assignment(image, layer)

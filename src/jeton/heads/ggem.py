@@ -44,7 +44,7 @@ class GGeM(nn.Module):
         if not _LEAST < p < _MOST:
             raise ValueError(f"p={p} is not between {_LEAST} and {_MOST}.")
         self.width, self.groups, self.eps = width, groups, eps
-        # p = least + softplus(raw) stays positive wherever training goes; weight decay would pull it: a vector has none in jeton.train
+        # p = least + softplus(raw) stays positive wherever training goes; as a vector it has no weight decay in jeton.train
         self.raw = nn.Parameter(torch.full((groups,), math.log(math.expm1(p - _LEAST))))
 
     @property

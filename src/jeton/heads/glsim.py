@@ -17,7 +17,7 @@ class GLSimClassifier(nn.Module):
 
     Of the patches (B, N, D) that the encoder hands out behind its last norm, the `top` most like the class token span a box; the
     picture is cut to it, enlarged to its old size and encoded by the same weights. The two class tokens (B, 2, D) pass `layers`
-    pre-norm transformer layers of D / 64 heads and a norm; the first of them is classified. The box has no gradient, the crop has.
+    pre-norm transformer layers of D / 64 heads and a norm; the first is classified. The box has no gradient, the crop has.
 
     encoder: any that `jeton` knows with a class token and a grid (ViT, DINOv2, CLIP). metric: "cosine", "l1" or "l2". The box
     ends where its last row and column of patches begin, as in the released code, unless `inclusive`. The paper leaves the number

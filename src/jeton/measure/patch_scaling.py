@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +65,9 @@ class Scaling:
 
     def __str__(self) -> str:
         lines = [f"patch {p.patch}: {p.tokens} tokens, {p.flops:.3g} FLOPs, metric {p.mean:.4f} {p.metrics}" for p in self.points]
-        verdict = "smaller patches always helped" if self.monotone else "NOT monotone: a smaller patch did worse than a larger one"
+        verdict = (
+            "smaller patches always helped" if self.monotone else "NOT monotone: a smaller patch did worse than a larger one"
+        )
         return "\n".join([*lines, str(self.law), verdict])
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,22 +149,25 @@ def flops_of(model: nn.Module, tokens: int) -> float:
 
 def repatched(model: PreTrainedModel, patch: int, config: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A copy of a ViT, DeiT, DINOv2, CLIP or SigLIP encoder (or a classifier on one) for patches of another size: the patch
-    embedding resampled by the pseudo-inverse of resizing, the position table interpolated, all else as it was. Pictures keep their
-    size unless `config`, fields of the new configuration, says otherwise. Raises `Unsupported` where an encoder has no such embedding and table."""
+    embedding resampled by the pseudo-inverse of resizing, the position table interpolated, all else as it was. Pictures keep
+    their size unless `config`, fields of the new configuration, says otherwise. Raises `Unsupported` where an encoder has no such
+    embedding and table."""
     view = adapt(model)
     embedding = next((name for name, part in model.named_modules() if isinstance(part, nn.Conv2d)), None)
     table = next((name for name, _ in model.named_parameters() if "position_embedding" in name), None)
     if not isinstance(view, Encoder) or view.packed or embedding is None or table is None:
         raise Unsupported(f"{type(model).__name__} has no patch convolution with a position table that could be resized.")
-    made_from = type(model.config).from_dict({**model.config.to_dict(), "patch_size": patch, **(config or {})})
+    old: Any = view.model.config
+    made_from: Any = type(model.config).from_dict({**model.config.to_dict(), "patch_size": patch, **(config or {})})
     made = type(model)(made_from)
     grid = (made_from.image_size // patch,) * 2
     state = model.state_dict()
     kernel = f"{embedding}.weight"
     state[kernel] = resample(state[kernel], patch)
     flat = state[table] if state[table].dim() == 3 else state[table][None]
-    moved = resize_positions(flat, grid, front=flat.shape[1] - (view.model.config.image_size // view.patch_size) ** 2)
+    moved = resize_positions(flat, grid, front=flat.shape[1] - (old.image_size // view.patch_size) ** 2)
     state[table] = moved if state[table].dim() == 3 else moved[0]
     made.load_state_dict(state)
     made.set_attn_implementation(model.config._attn_implementation)
-    return made.to(device=model.device, dtype=model.dtype).train(model.training)
+    made.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
+    return made.train(model.training)

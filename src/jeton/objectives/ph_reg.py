@@ -47,8 +47,8 @@ class Views:
         return self.offset.shape[1]
 
     def shift(self, x: Tensor, view: int, scale: int, fill: Tensor | float) -> Tensor:
-        """View number `view` of x (B, C, H, W): out[y, x] = in[y + dy, x + dx] by the offset times `scale`, then mirrored; `fill`,
-        a number or one for each channel (C,), where that lies outside."""
+        """View number `view` of x (B, C, H, W): out[y, x] = in[y + dy, x + dx] by the offset times `scale`, then mirrored;
+        `fill`, a number or one for each channel (C,), where that lies outside."""
         height, width = x.shape[-2:]
         step = (self.offset[:, view] * scale).to(x.device)
         rows = torch.arange(height, device=x.device) + step[:, :1]
@@ -112,8 +112,8 @@ def _dinov2(view: Encoder, drawn: Tensor) -> PreTrainedModel:
     teacher, config = view.model, view.model.config
     if view.dims[1] % view.dims[0]:
         raise Unsupported(
-            f"ph-reg puts the weights of a {type(teacher).__name__} into a Dinov2WithRegistersModel, whose MLP is a whole multiple "
-            f"of the width; {view.dims[1]} is none of {view.dims[0]}."
+            f"ph-reg puts the weights of a {type(teacher).__name__} into a Dinov2WithRegistersModel, whose MLP is a whole "
+            f"multiple of the width; {view.dims[1]} is none of {view.dims[0]}."
         )
     fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     fields |= {"num_register_tokens": drawn.shape[1], "mlp_ratio": view.dims[1] // view.dims[0]}
@@ -199,4 +199,3 @@ class PHReg:
         views = Views.draw(len(pixels), self.grid(pixels), self.views, self.reach, self.generator)
         fill = pixels.new_tensor(self.fill[: pixels.shape[1]])
         return denoised(lambda seen: self.teacher(pixel_values=seen)[0][:, self.prefix :], pixels, views, self.patch, fill)
-

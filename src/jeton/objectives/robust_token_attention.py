@@ -47,7 +47,7 @@ def average(x: Tensor, dilation: int) -> Tensor:
 
 
 class PooledNorm(nn.Module):
-    """TAP in front of a block's first norm, on the patches; special tokens pass it by. What the residual adds to is not pooled."""
+    """TAP in front of a block's first norm, on the patches; special tokens pass by. What the residual adds to is not pooled."""
 
     def __init__(self, norm: nn.Module, pooling: TokenAwarePooling, prefix: int, grid: tuple[int, int] | None) -> None:
         super().__init__()
@@ -66,7 +66,8 @@ def attach(
     model: nn.Module, branches: int = 4, blocks: Sequence[int] | None = None, grid: tuple[int, int] | None = None
 ) -> nn.Module:
     """Put token-aware pooling in front of the attention of an encoder's blocks (all, or those numbered), in place; returns the
-    model. `grid` (rows, columns of patches) where pictures are not square. Raises `Unsupported` where tokens have no batch axis."""
+    model. `grid` (rows, columns of patches) where pictures are not square. Raises `Unsupported` where tokens have no batch
+    axis."""
     view = adapt(model)
     if not isinstance(view, Encoder) or view.packed:
         raise Unsupported(f"token-aware pooling needs an encoder with a grid of patches, which {type(model).__name__} is not.")

@@ -1,4 +1,4 @@
-"""Registers for the digits encoder, after two artifacts were planted in it.
+"""Registers for the digits encoder: one pass of the student in the place of ten views of the teacher.
 
 PLACEHOLDER
 """
@@ -10,55 +10,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..demo import digits
-from ..models import adapt
 from ..objectives.ph_reg import PHReg, student
 from ..train import Recipe, train
 from ._digits import write
 
-RECIPE = Recipe(steps=150, rate=1e-3, batch=16, warmup=0.05, decay=0.01)
-PLACES = [20, 45]  # patches whose positions are spoilt
-
-
-def spoilt() -> Any:
-    """The trained encoder with a vector added to its position table that makes two places stand out."""
-    teacher = digits.load_digits().model.vit
-    vector = 4 * torch.randn(48, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        teacher.embeddings.position_embeddings[:, [1 + place for place in PLACES]] += vector
-    return teacher
+RECIPE = Recipe(steps=300, rate=3e-3, batch=16, warmup=0.05, decay=0.01)
+REGISTERS = 4
 
 
 @torch.no_grad()
-def lengths(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (B, N, D) of the patches, and their norms (B, N) in front of the last layer norm."""
-    prefix, seen = adapt(model).prefix, []  # type: ignore[union-attr]
-    handle = model.layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, prefix:].norm(dim=-1)))
-    try:
-        return model(pixel_values=pixels)[0][:, prefix:], seen[0]
-    finally:
-        handle.remove()
+def features(model: Any, pixels: Tensor) -> Tensor:
+    """(B, 64, D) of the patches."""
+    return model(pixel_values=pixels)[0][:, -64:]
 
 
-def high(norms: Tensor) -> float:
-    """The share of patches whose norm is above twice the median of their picture: artifacts."""
-    return (norms > 2 * norms.median(1, keepdim=True).values).float().mean().item()
+def probed(learned: Tensor, labels: Tensor, unseen: Tensor, truth: Tensor) -> float:
+    """Held-out accuracy of a ridge classifier on the mean of each picture's patches."""
+    x, y = (F.pad(each.mean(1).double(), (0, 1), value=1.0) for each in (learned, unseen))
+    weights = torch.linalg.solve(x.mT @ x + 1e-2 * torch.eye(x.shape[1]), x.mT @ F.one_hot(labels, 10).double())
+    return ((y @ weights).argmax(1) == truth).float().mean().item()
 
 
 def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE) -> dict[str, Any]:
     found = digits.load_digits()
-    teacher = spoilt()
-    made = student(teacher, 4, torch.Generator().manual_seed(0))
+    teacher = found.model.vit
+    made = student(teacher, REGISTERS, torch.Generator().manual_seed(0))
     loss = PHReg(teacher, fill=(-1.0,))
     told = train(made, found.train, loss, recipe, out=out, resume=resume, progress=progress, name="ph-reg")
-    pixels = found.test.pixels
-    plain, usual = lengths(found.model.vit, pixels)
-    measured: dict[str, Any] = {"seconds": round(told.seconds), "high norms": {"before planting": high(usual)}, "distance": {}}
-    for name, model in (("teacher", teacher), ("student", made)):
-        features, norms = lengths(model, pixels)
-        measured["high norms"][name] = high(norms)
-        away = (features - plain).norm(dim=-1).mean(0)
-        measured["distance"][name] = {"planted": away[PLACES].mean().item(), "all": away.mean().item()}
-    measured["loss"] = {part: [round(value, 4) for value in values[:: max(1, len(values) // 10)]] for part, values in told.losses.items()}
+    target = [PHReg(teacher, fill=(-1.0,), seed=1).target(split.pixels) for split in (found.train, found.test)]
+    seen = {"denoised": target}
+    seen |= {
+        name: [features(model, split.pixels) for split in (found.train, found.test)]
+        for name, model in (("teacher", teacher), ("student", made))
+    }
+    measured: dict[str, Any] = {"seconds": round(told.seconds), "cosine with denoised": {}, "probe": {}}
+    for name, (learned, unseen) in seen.items():
+        measured["cosine with denoised"][name] = round(F.cosine_similarity(unseen, target[1], dim=-1).mean().item(), 4)
+        measured["probe"][name] = round(probed(learned, found.train.labels, unseen, found.test.labels), 4)
+    measured["loss"] = {
+        part: [round(value, 4) for value in values[:: max(1, len(values) // 10)]] for part, values in told.losses.items()
+    }
     return write(out, measured)
