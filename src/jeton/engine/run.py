@@ -252,8 +252,8 @@ class Run:
 
         layer: the block of the encoder behind which to look, negative ones counted from the last; None for what is left at the
         end, in a vision-language model behind its last layer. of: what to draw on, a PIL image or a list of one for each crop or
-        frame; None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into patches
-        beforehand).
+        frame; None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into
+        patches beforehand).
         """
         maps = self.assignment(image, layer)
         pictures = seen(self, image) if of is None else list(of) if isinstance(of, list | tuple) else [of]
