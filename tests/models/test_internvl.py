@@ -97,6 +97,20 @@ def test_class_attention_of_a_token_is_the_mean_over_its_patches(attention: str)
 
 
 @torch.no_grad()
+def test_the_class_attention_is_that_of_the_block_whose_features_are_handed_on() -> None:
+    net = tiny_internvl.tiny_internvl()
+    net.config.vision_feature_layer = -2
+    net.set_attn_implementation("eager")
+    inputs = tiny.prompts(net, [tiny.Sample(((1,),), (3, 4), 1)])
+    maps = net.model.vision_tower(pixel_values=inputs["pixel_values"], output_attentions=True).attentions[-2]
+    hearing = Listening("encoder", {"class": ClassAttention(layer=-1)})
+    with apply(net, hearing):
+        tiny.run(net, inputs)
+    own = maps[:, :, 0, 1:].unflatten(2, (3, 2, 3, 2)).mean((3, 5)).flatten(2)
+    assert torch.allclose(hearing.heard["class"], own, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_tiles_share_the_budget_of_their_image_unless_each_has_its_own() -> None:
     net = tiny.model(NAME)
     inputs = tiny.inputs_for(net)

@@ -134,6 +134,8 @@ def test_pictures_of_different_sizes_through_the_familys_own_processor() -> None
 def test_tokens_cannot_leave_inside_the_tower() -> None:
     with pytest.raises(jeton.Unsupported, match="mixes neighbouring patches"):
         apply(tiny.model(NAME), "tome").remove()
+    with pytest.raises(jeton.Unsupported, match="pictures of one size"):
+        apply(tiny.model(NAME), "downsample", keep=0.5).remove()
     with pytest.raises(jeton.Unsupported, match="without a class token"):
         apply(tiny.model(NAME), "fastervlm").remove()
     with pytest.raises(jeton.Unsupported, match="no adapter for Ovis2VisionModel"):

@@ -87,6 +87,23 @@ def test_merged_tokens_get_their_deepstack_features_merged() -> None:
 
 
 @torch.no_grad()
+def test_tokens_merged_between_the_layers_get_what_is_still_to_come_merged() -> None:
+    """In front of layer 1: the first level has been added to all, of the second each pair gets the mean."""
+    net = tiny.model(NAME)
+    inputs = tiny.prompts(net, tiny.one_image(net))
+    with deep_features(net) as own:
+        tiny.run(net, inputs)
+    at = (inputs["input_ids"][0] == tiny.IMAGE).nonzero().flatten()
+    with apply(net, Half(get("fastv", keep=0.5, layer=1), [])), watching(net) as seen:
+        tiny.run(net, inputs)
+    first, half = int(at[0]), len(at) // 2
+    assert torch.allclose(seen.deep[0], own[0], atol=1e-5)
+    pairs = own[1][0, at].unflatten(0, (-1, 2)).mean(1)
+    assert torch.allclose(seen.deep[1][0, first : first + half], pairs, atol=1e-5)
+    assert float(seen.deep[1][0, first + half :].abs().max()) < 1e-5 and seen.deep[1].shape[1] == own[1].shape[1] - half
+
+
+@torch.no_grad()
 def test_patches_that_leave_before_the_tower_leave_from_its_deepstack_features_too() -> None:
     """Kept tokens of a picture without what was dropped: the same as the tower run on those patches alone; no others arrive."""
     net = tiny.model(NAME)
