@@ -24,6 +24,7 @@ from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 INSIDE = (7, 8, 9)  # what families write between the tokens of one image
+TILE: dict[str, tuple[int, ...]] = {}  # families whose images are several pictures, with an image that is one
 BY_ONE: set[str] = set()  # families that repeat the pictures of a prompt for its beams one by one
 COORDINATES = {"qwen2"}  # families whose positions are time, height and width, told by the types of tokens
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
@@ -280,6 +281,8 @@ def for_beams(net: nn.Module) -> Inputs:
     batch one by one, which mixes up those of prompts with several, in the unmodified model too: only prompts with one there."""
     chosen = samples(net)
     early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs") and family(net) not in BY_ONE
+    if not early and family(net) in TILE:  # tiles, too
+        return prompts(net, [Sample((TILE[family(net)],), sample.text[-2:], sample.seed) for sample in chosen[::2]])
     return prompts(net, chosen if early else chosen[::2])
 
 

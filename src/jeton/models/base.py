@@ -56,11 +56,11 @@ class Encoder:
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
     groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes
-    pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work. pooling: the head that
-    is handed a token mask as its second argument, where there is one. pools_special: the head's mean over tokens has special
-    tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and no function of
-    transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise.
+    pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work. pooling: the head that is
+    handed a token mask as its second argument, where there is one. pools_special: the head's mean over tokens has special tokens
+    in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and no function of transformers'
+    registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor normalises pixels
+    unless told otherwise.
     """
 
     prefix: int = 0
