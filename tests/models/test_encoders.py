@@ -1,4 +1,4 @@
-"""Encoders with positions of their own kind, pooling heads and reordered patches: tokens that leave inside leave nothing behind."""
+"""Encoders with positions of their own kind, heads that average, and reordered patches."""
 
 from __future__ import annotations
 

@@ -50,7 +50,18 @@ class Gated:
     act: Callable[[Tensor], Tensor]
 
 
-class Encoder:
+class View:
+    """What views have in common.
+
+    example: fields beside the defaults of the class's configuration with which an instance shows what methods can do on the
+    family; most need none. home: the module that holds the class, where it is not at the top of transformers.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    home: ClassVar[str | None] = None
+
+
+class Encoder(View):
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
@@ -59,7 +70,7 @@ class Encoder:
     where it does not, why and what would work. pooling: the head that is handed a token mask as its second argument, where there
     is one. pools_special: the head's mean over tokens has special tokens in it. functional: its attention calls torch's
     `scaled_dot_product_attention` itself and no function of transformers' registry. argument: what `entrance` calls the pixels.
-    pixel_mean, pixel_std: how the family's processor normalises pixels unless told otherwise.
+    pixel_mean, pixel_std: how the family's processor normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -200,7 +211,7 @@ class Encoder:
         return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
 
 
-class VisionLanguage:
+class VisionLanguage(View):
     """View of a vision-language model.
 
     base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
@@ -231,6 +242,9 @@ class VisionLanguage:
 
     def vision(self) -> Encoder:
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise `Unsupported` where this very model is configured in a way that no method can act on."""
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -14,6 +14,7 @@ class TimmVit(Encoder):
     """It is used by `model(x)` as well as by `model.forward_features(x)`: tokens come in at the patch embedding and go out at the
     last norm, and the head sees what is left. Its attention calls torch's own function and is heard there."""
 
+    home = "timm.models"
     functional = True
     argument = "x"
     fixed = ("was made for pictures of one size", "dynamic_img_size=True when the model is made, or pool")
