@@ -21,12 +21,14 @@ from jeton.engine.encoder import EncoderSite
 from jeton.method import Method, get
 from jeton.models import Encoder, adapt
 from jeton.tokens import Reduction, Tokens
+from tiny_aimv2 import tiny_aimv2
 
 BLOCK, KEPT = 2, 17
 timm_is_here = pytest.mark.skipif(not with_timm.has_timm(), reason="timm or torchvision is not installed")
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     **{name: make for name, make in tiny_encoders.BUILDERS.items() if name != "VisionTransformerDistilled"},
+    "Aimv2VisionModel": tiny_aimv2,
     "BeitModel-shared": lambda: tiny_encoders.tiny_beit(
         use_relative_position_bias=False, use_shared_relative_position_bias=True, use_absolute_position_embeddings=True
     ),
@@ -99,7 +101,7 @@ def both(name: str, wide: bool) -> tuple[Tensor, Tensor]:
     hidden = torch.ones(whole.shape[:2], dtype=torch.bool).scatter(1, method.kept, False)
     with Hiding(hidden) as mode:
         masked = tiny.run(net, inputs)
-    assert mode.calls == 5
+    assert mode.calls == 5 + (name == "Aimv2VisionModel")  # its head asks once more
     kept = method.kept[..., None].expand(-1, -1, whole.shape[-1])
     assert not torch.allclose(short, whole.gather(1, kept), atol=1e-3)
     return short, masked.gather(1, kept)
@@ -331,7 +333,7 @@ def test_timm_and_transformers_do_the_same_with_the_same_weights(fused: bool) ->
     one, two = the_same_vit()
     pixels = torch.randn(3, 3, 28, 28)
     torch.testing.assert_close(two(pixels), one(pixel_values=pixels).last_hidden_state, atol=1e-5, rtol=1e-5)
-    tiny_encoders.attend(two, "sdpa" if fused else "eager")
+    tiny.attend(two, "sdpa" if fused else "eager")
     for spec in (
         "tome(keep=0.4)",
         "evit(keep=0.5)",

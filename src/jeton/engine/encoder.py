@@ -272,10 +272,10 @@ class EncoderSite:
             kwargs = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
             mixed = parts.attention(parts.norm1(x), *args, **kwargs)
             mixed = mixed[0] if isinstance(mixed, tuple) else mixed
-            x = parts.drop1(parts.scale1(mixed)) + x
+            x = parts.add(x, parts.drop1(parts.scale1(mixed)))
             x = self._step(number, "middle", x)
             self.lengths.append((before, x.shape[1]))
-            x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
+            x = parts.add(x, parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))))
             x = self._step(number, "after", x)
             return self._conclude(x) if number == self.depth - 1 else x
 

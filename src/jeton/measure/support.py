@@ -1,10 +1,12 @@
 """Which methods work on a model: each is really applied to the model's class, without weights, and what refuses says why.
 
-``python -m jeton.measure.support`` renews docs/models.md in the current folder, families by methods. It needs timm.
+``python -m jeton.measure.support`` renews docs/models.md, families by methods, and the example in docs/add-a-model.md, both in the
+current folder. It needs timm.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,9 @@ from torch import nn
 
 from ..engine import apply
 from ..method import Unsupported, methods
-from ..models import Encoder, Registry, VisionLanguage, adapt
+from ..models import Encoder, Registry, VisionLanguage, adapt, aimv2
 from .blank import blank, of_class
+from .systems import between
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,13 @@ def families() -> list[str]:
 
 
 def page() -> str:
-    """docs/models.md: families by methods. Families on which every method does the same share a column."""
+    """docs/models.md: families by methods. Families that do the same with every method, for the same reasons, share a column."""
     found = {name: _support(name) for name in families()}
-    groups: dict[tuple[str | None, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, support in found.items():
-        groups.setdefault(tuple(verdict.spec for verdict in support.verdicts), []).append(name)
-    columns = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", groups.values(), strict=False))
+        alike = tuple(verdict.spec or _nameless(verdict, _names(name)) for verdict in support.verdicts)
+        groups.setdefault(alike, []).append(name)
+    columns = {_letters(number): names for number, names in enumerate(groups.values())}
     whys: dict[str, str] = {}
     rows = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for at, card in enumerate(methods()):
@@ -135,6 +139,11 @@ def page() -> str:
             "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(whys.values(), 1)),
         ]
     ) + "\n"  # fmt: skip
+
+
+def _letters(number: int) -> str:
+    """A to Z, then AA, AB and so on."""
+    return (_letters(number // 26 - 1) if number > 25 else "") + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[number % 26]
 
 
 def _support(name: str) -> Support:
@@ -168,20 +177,26 @@ def _names(name: str) -> tuple[str, ...]:
 def _cell(verdict: Verdict, names: tuple[str, ...], whys: dict[str, str]) -> str:
     if verdict.spec is not None:
         return "**yes**" if verdict.spec == verdict.method else f"`{verdict.spec.removeprefix(verdict.method)}`"
-    template = verdict.reason
-    for name in (verdict.method, *names):
-        template = re.sub(rf"\b{re.escape(name)}\b", "", template)
+    template = _nameless(verdict, names)
     whys.setdefault(template, verdict.reason)
     return str(list(whys).index(template) + 1)
 
 
-def write(root: Path) -> Path:
-    """Renew docs/models.md of a checkout; its path."""
-    path = root / "docs" / "models.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(), encoding="utf-8")
-    return path
+def _nameless(verdict: Verdict, names: tuple[str, ...]) -> str:
+    """A refusal without the names of method and family."""
+    pattern = "|".join(re.escape(name) for name in (verdict.method, *names))
+    return re.sub(rf"\b({pattern})\b", "", verdict.reason)
+
+
+def write(root: Path) -> list[Path]:
+    """Renew docs/models.md and the example in docs/add-a-model.md of a checkout; the paths written."""
+    table, how = root / "docs" / "models.md", root / "docs" / "add-a-model.md"
+    table.write_text(page(), encoding="utf-8")
+    example = f"```python\n{inspect.getsource(aimv2)}```"
+    how.write_text(between(how.read_text(encoding="utf-8"), "encoder", example), encoding="utf-8")
+    return [table, how]
 
 
 if __name__ == "__main__":
-    print(write(Path.cwd()))
+    for path in write(Path.cwd()):
+        print(path)

@@ -28,7 +28,10 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``."""
+    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``.
+
+    residual_first: the block adds ``x + half``, not ``half + x``. The numbers are the same, but a sum has the memory layout of what
+    stands first, and some norms round by it."""
 
     norm1: Callable[..., Tensor]
     attention: nn.Module
@@ -38,6 +41,10 @@ class Parts:
     scale2: Callable[..., Tensor] = _same
     drop1: Callable[..., Tensor] = _same
     drop2: Callable[..., Tensor] = _same
+    residual_first: bool = False
+
+    def add(self, x: Tensor, half: Tensor) -> Tensor:
+        return x + half if self.residual_first else half + x
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,12 @@ class Encoder(View):
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say
-    where it does not, why and what would work. pooling: the head that is handed a token mask as its second argument, where there
-    is one. pools_special: the head's mean over tokens has special tokens in it. functional: its attention calls torch's
-    `scaled_dot_product_attention` itself and no function of transformers' registry. argument: what `entrance` calls the pixels.
-    pixel_mean, pixel_std: how the family's processor normalises pixels unless told otherwise. example, home: see `View`.
+    groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes
+    pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work. pooling: the head that is
+    handed a token mask as its second argument, where there is one. pools_special: the head's mean over tokens has special tokens
+    in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of transformers' registry.
+    argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor normalises pixels unless told
+    otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -191,9 +199,13 @@ class Encoder(View):
 
     def shape(self, depth: int) -> Shape:
         """What a learned method builds its modules for; `depth` blocks feed what is handed on."""
+        return Shape(self.dims[0], self.heads, depth, self.usual_patches, self.prefix)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
         config = self.model.config
-        heads = getattr(config, "num_attention_heads", None) or config.num_heads
-        return Shape(self.dims[0], heads, depth, self.usual_patches, self.prefix)
+        return getattr(config, "num_attention_heads", None) or config.num_heads
 
     @property
     def usual_patches(self) -> int:

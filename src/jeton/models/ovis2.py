@@ -20,6 +20,7 @@ class Ovis2Tower(Encoder):
     """Its position embeddings are of one size."""
 
     resizable = False
+    fixed = ("has position embeddings of one size", "pool")
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
 

@@ -73,6 +73,7 @@ class TimmVit(Encoder):
         return Parts(
             block.norm1, block.attn, block.norm2, block.mlp,
             scale1=block.ls1, scale2=block.ls2, drop1=block.drop_path1, drop2=block.drop_path2,
+            residual_first=True,
         )  # fmt: skip
 
     @property
@@ -82,6 +83,14 @@ class TimmVit(Encoder):
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         return tuple(self.model.patch_embed.dynamic_feat_size(pixels.shape[-2:]))  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> int:
+        return self.blocks[0].attn.num_heads  # type: ignore[union-attr, return-value]
+
+    @property
+    def usual_patches(self) -> int:
+        return self.model.patch_embed.num_patches
 
     @property
     def checkpointing(self) -> bool:

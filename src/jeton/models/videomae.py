@@ -42,6 +42,10 @@ class VideoMae(ViT):
         """Frames of a tubelet."""
         return self.model.config.tubelet_size
 
+    @property
+    def usual_patches(self) -> int:
+        return super().usual_patches * (self.model.config.num_frames // self.tubelet)
+
     def geometry(self, inputs: Inputs) -> list[Geometry]:
         pixels = inputs["pixel_values"]
         return [Geometry.picture(*self.grid(pixels), frames=pixels.shape[1] // self.tubelet)] * pixels.shape[0]
