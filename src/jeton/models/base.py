@@ -30,8 +30,8 @@ def _same(x: Tensor) -> Tensor:
 class Parts:
     """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``.
 
-    residual_first: the block adds ``x + half``, not ``half + x``. The numbers are the same, but a sum has the memory layout of what
-    stands first, and some norms round by it."""
+    residual_first: the block adds ``x + half``, not ``half + x``. The numbers are the same, but a sum has the memory layout of
+    what stands first, and some norms round by it."""
 
     norm1: Callable[..., Tensor]
     attention: nn.Module
