@@ -31,5 +31,9 @@ class Aimv2(Encoder):
         return Parts(block.rms_norm1, block.attention, block.rms_norm2, block.ffn, residual_first=True)
 
     @property
+    def probe(self) -> nn.Module | None:
+        return getattr(self.model, "head", None)
+
+    @property
     def dims(self) -> tuple[int, int, bool]:
         return self.model.config.hidden_size, self.model.config.intermediate_size, True

@@ -132,6 +132,11 @@ class Encoder(View):
         """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""
         return inputs
 
+    @property
+    def probe(self) -> nn.Module | None:
+        """The head, or the part of it, in which a query of its own attends to all tokens; None where there is none."""
+        return None
+
     def averaged(self, top: nn.Module) -> nn.Module | None:
         """The module that is handed the mean of all patches, in this model or in `top`; None where no head averages."""
         return None

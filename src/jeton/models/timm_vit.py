@@ -97,6 +97,10 @@ class TimmVit(Encoder):
         return self.model.grad_checkpointing and torch.is_grad_enabled()
 
     @property
+    def probe(self) -> nn.Module | None:
+        return self.model.attn_pool
+
+    @property
     def pools_special(self) -> bool:  # type: ignore[override]
         return self.model.pool_include_prefix
 
