@@ -1,7 +1,7 @@
 """Which methods work on a model: each is really applied to the model's class, without weights, and what refuses says why.
 
-In a checkout ``python -m jeton.measure.support`` renews docs/models.md, families by methods, and the example in docs/add-a-model.md.
-It needs timm.
+In a checkout ``python -m jeton.measure.support`` renews docs/models.md, families by methods, and the example in
+docs/add-a-model.md. It needs timm.
 """
 
 from __future__ import annotations
