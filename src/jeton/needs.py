@@ -112,6 +112,14 @@ class TextSimilarity(Need):
 
 
 @dataclass(frozen=True)
+class ClassLikeness(Need):
+    """(B, N) how like the class token each token of an encoder's output is: the cosine, or with `metric` "l1" or "l2" the mean
+    absolute or squared difference of their channels, negated."""
+
+    metric: str = "cosine"
+
+
+@dataclass(frozen=True)
 class Values(Need):
     """(B, N, d) attention values averaged over heads."""
 
@@ -128,7 +136,9 @@ IN_ENCODER = (
     Keys,
     Values,
     TextSimilarity,
+    ClassLikeness,
 )
+OF_OUTPUT = (TextSimilarity, ClassLikeness)  # read from what the encoder hands out
 
 
 @dataclass(frozen=True)

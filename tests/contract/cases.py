@@ -15,7 +15,7 @@ import tiny
 import trained
 from jeton.method import Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
-from jeton.needs import ClassAttention, LastAttention
+from jeton.needs import ClassAttention, ClassLikeness, LastAttention
 
 # fields with which decoding runs as recomputation without a cache does; their own decoding has tests of its own in tests/reduce
 AS_RECOMPUTED: dict[str, dict[str, Any]] = {"mustdrop": {"shrink": False}, "corematching": {"neurons": 1.0}}
@@ -145,7 +145,7 @@ def claimed(case: Case) -> bool:
         return False
     if any(isinstance(need, LastAttention) for need in needs) and not language:
         return False
-    if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
+    if any(isinstance(need, ClassAttention | ClassLikeness) for need in needs) and not encoder.has_class:
         return False
     return encoder.resizable or not method.resizes
 

@@ -189,9 +189,11 @@ class Costs:
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
 
-    def assignment(self, image: int) -> list[Tensor]:
+    def assignment(self, image: int, block: int | None = None) -> list[Tensor]:
         """See `Run.assignment`."""
         site, layout = self.run.site, self.layout
+        if block is not None and not -len(site.encoder.blocks) <= block < len(site.encoder.blocks):
+            raise ValueError(f"the encoder has {len(site.encoder.blocks)} blocks; there is no block {block}.")
         images = layout.images if layout is not None else site.pictures
         if not 0 <= image < images:
             raise ValueError(f"the last forward had {images} images; there is no image {image}.")
@@ -199,17 +201,18 @@ class Costs:
         assert place is not None
         count = layout.album.counts[image] if layout is not None else place.unit.shape[1]
         owner = torch.arange(count)
-        if site.reduction is not None:
-            owner = self._through_encoder(image, owner)
-        for step in self.trail if self.flow is None else self.flow.scene.trail:
-            owner = _follow(owner, step, image)
+        inside = site.reduction if block is None else site.until(block)
+        if inside is not None:
+            owner = self._through_encoder(image, owner, inside)
+        if block is None:
+            for step in self.trail if self.flow is None else self.flow.scene.trail:
+                owner = _follow(owner, step, image)
         return _maps(owner, place, image, count)
 
-    def _through_encoder(self, image: int, owner: Tensor) -> Tensor:
-        """What the encoder's own reduction did to the slots of one image: each goes to its representative's slot."""
+    def _through_encoder(self, image: int, owner: Tensor, reduction: Reduction) -> Tensor:
+        """What a reduction in the encoder did to the slots of one image: each goes to its representative's slot."""
         site, layout = self.run.site, self.layout
-        reduction, prefix = site.reduction, self.run.encoder.prefix
-        assert reduction is not None
+        prefix = self.run.encoder.prefix
         assign, index = reduction.assign.cpu(), reduction.index.cpu()
         patch = layout.album.source[image, : len(owner), 0].cpu() if layout is not None else owner + image * site.patches
         picture, own = patch.clamp(min=0) // site.patches, patch.clamp(min=0) % site.patches

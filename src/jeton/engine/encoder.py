@@ -20,8 +20,10 @@ from ..method import Method
 from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
+    OF_OUTPUT,
     AnchorAttention,
     ClassAttention,
+    ClassLikeness,
     ClassSimilarity,
     Keys,
     MeanAttention,
@@ -33,7 +35,7 @@ from ..needs import (
     Trained,
     Values,
 )
-from ..ops import attention, pixels
+from ..ops import attention, pixels, similarity
 from ..ops.policy import policy_softmax
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
@@ -60,9 +62,9 @@ class EncoderSite:
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
         self._saved: list[tuple[nn.Module, Any]] = []
-        self.texts = [need for need in late if isinstance(need, TextSimilarity)]
+        self.outputs = [need for need in late if isinstance(need, OF_OUTPUT)]
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
-        for need in late.difference(self.texts, self.seen):
+        for need in late.difference(self.outputs, self.seen):
             self._listener(self.block_of(need)).late.add(need)
         self.averaged = encoder.averaged(run.model)
         self.clear()
@@ -217,10 +219,9 @@ class EncoderSite:
 
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
-        for need in self.texts:
-            assert need.tower is not None
+        for need in self.outputs:
             with self.run.clock.measure("selection"):
-                self.records[need].append(need.tower.similarity(features_of(output), need.questions, need.end, need.normed))
+                self.records[need].append(_of_output(need, features_of(output)))
                 self.records_at[need] = self.reduction
         if self.only is None:
             return None
@@ -388,6 +389,15 @@ class EncoderSite:
         self.history.append((number, step))
         self.reduction = step if self.reduction is None else self.reduction.then(step)
 
+    def until(self, block: int) -> Reduction | None:
+        """What all steps together did up to and with a block; None where none has acted."""
+        last = block % len(self.encoder.blocks)
+        done: Reduction | None = None
+        for number, step in self.history:
+            if number <= last:
+                done = step if done is None else done.then(step)
+        return done
+
     def _trim(self, value: Any) -> Any:
         """An attention mask or rotary tables of the full sequence, cut to the tokens that are left; anything else as it is."""
         if self.reduction is None:
@@ -518,6 +528,14 @@ def _measure(
     if isinstance(need, Values):
         return value.mean(1)
     raise TypeError(f"{need} cannot be read in an encoder.")
+
+
+def _of_output(need: Need, hidden: Tensor) -> Tensor:
+    """One signal from what the encoder hands out, special tokens included."""
+    if isinstance(need, ClassLikeness):
+        return similarity.to_first(hidden, need.metric)
+    assert isinstance(need, TextSimilarity) and need.tower is not None
+    return need.tower.similarity(hidden, need.questions, need.end, need.normed)
 
 
 def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..layout import Layout
@@ -17,6 +18,7 @@ from ..models import Encoder, VisionLanguage, adapt
 from ..needs import (
     IN_ENCODER,
     ClassAttention,
+    ClassLikeness,
     ClassSimilarity,
     Given,
     LastAttention,
@@ -37,6 +39,7 @@ from .layers import LayerSite
 from .lessons import Lessons, Student
 from .loss import Loss
 from .outlet import Outlet
+from .picture import seen, sheet
 from .projector import ProjectorSite
 from .prompt import Prompt
 from .report import Report
@@ -238,10 +241,23 @@ class Run:
         """The span map of the last prefill."""
         return None if self.costs.flow is None else self.costs.flow.layout
 
-    def assignment(self, image: int = 0) -> list[Tensor]:
+    def assignment(self, image: int = 0, layer: int | None = None) -> list[Tensor]:
         """For one image of the last forward, per picture (thumbnail, crop or frame) a map (h, w) of its tokens: -1 where dropped,
-        else the number of the new token it went to."""
-        return self.costs.assignment(image)
+        else the number of the new token it went to. With `layer`, as things stood behind that block of the encoder."""
+        return self.costs.assignment(image, layer)
+
+    def picture(self, layer: int | None = None, image: int = 0, of: Any = None, size: int = 336) -> Image:
+        """One image of the last forward with its reduction drawn over it: dropped patches dark, merged ones in one colour with an
+        outline; crops or frames side by side, each `size` pixels wide.
+
+        layer: the block of the encoder behind which to look, negative ones counted from the last; None for what is left at the
+        end, in a vision-language model behind its last layer. of: what to draw on, a PIL image or a list of one for each crop or
+        frame; None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into
+        patches beforehand).
+        """
+        maps = self.assignment(image, layer)
+        pictures = seen(self, image) if of is None else list(of) if isinstance(of, list | tuple) else [of]
+        return sheet(pictures, maps, size)
 
     # -- checks ------------------------------------------------------------------------------------------------------------
 
@@ -322,10 +338,11 @@ class Run:
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:
         for need in needs:
-            if isinstance(need, ClassAttention | ClassSimilarity) and not self.encoder.has_class:
+            if isinstance(need, ClassAttention | ClassSimilarity | ClassLikeness) and not self.encoder.has_class:
                 option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
                 lacks = f"has an encoder without a class token ({self.encoder.name})"
-                self._refuse(method, lacks, option, "the class token's attention")
+                reads = "the class token" if isinstance(need, ClassLikeness) else "the class token's attention"
+                self._refuse(method, lacks, option, reads)
             if isinstance(need, LastAttention | LastSimilarity) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):

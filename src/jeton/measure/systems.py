@@ -30,6 +30,7 @@ _SIGNALS = {
     "ClassAttention": "the class token's attention",
     "ReceivedAttention": "the attention each token receives",
     "MeanAttention": "the attention of the mean query",
+    "ClassLikeness": "the likeness of features to the class token's",
     "ClassSimilarity": "the similarity of values to the class token's",
     "AnchorAttention": "the attention each token receives from those that receive most",
     "PatchEntropy": "the entropy of each patch's grey values",

@@ -110,6 +110,18 @@ def max_min_diverse(x: Tensor, keep: int | float, mask: Tensor | None = None) ->
     return pack(chosen[:, :n], k, ragged=True)
 
 
+def farthest(points: Tensor, k: int) -> Tensor:
+    """(B, k) indices of points (B, N, D) by farthest-point sampling: the first one, then always the one farthest (L2) from all
+    chosen before; the lower index wins ties."""
+    picks = [points.new_zeros(points.shape[0], 1, dtype=torch.long)]
+    distance = points.new_full(points.shape[:2], torch.inf)
+    for _ in range(k - 1):
+        last = points.gather(1, picks[-1][..., None].expand(-1, -1, points.shape[-1]))
+        distance = torch.minimum(distance, (points - last).square().sum(-1))
+        picks.append(distance.argmax(1, keepdim=True))
+    return torch.cat(picks, 1)
+
+
 def facility_location(
     x: Tensor, k: int, value: Tensor, balance: float = 1.0, quota: Tensor | None = None, mask: Tensor | None = None
 ) -> Reduction:
