@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-import tiny_encoders
 from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
@@ -221,7 +220,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
     "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
     "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
-    **tiny_encoders.BUILDERS,
 }
 
 
@@ -232,8 +230,15 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     if hasattr(made, "set_attn_implementation"):
         made.set_attn_implementation(attention)
     else:
-        tiny_encoders.attend(made, attention)
+        attend(made, attention)
     return made.to(dtype)
+
+
+def attend(net: nn.Module, attention: str) -> None:
+    """timm's models have a switch in each attention, where others have an implementation."""
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention != "eager"
 
 
 # -- prompts for vision-language models ----------------------------------------------------------------------------------
@@ -453,12 +458,16 @@ PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
 # -- pictures for encoders alone -----------------------------------------------------------------------------------------
 
 
+# inputs of encoders that take something else than square pictures, by model_type, or by class where there is none
+ALONE: dict[str, Callable[[nn.Module, int, torch.Generator], Inputs]] = {}
+
+
 def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     """Inputs of an encoder that stands alone. SigLIP2 gets pictures of different shapes."""
     generator = torch.Generator().manual_seed(seed)
-    own = tiny_encoders.pictures(net, batch, generator)
-    if own is not None:
-        return own
+    kind = family(net) if hasattr(net, "config") else type(net).__name__
+    if kind in ALONE:
+        return ALONE[kind](net, batch, generator)
     if net.config.model_type == "siglip2_vision_model":
         shapes = [(7, 7), (4, 9), (6, 5)][:batch]
         mask = torch.zeros(len(shapes), SIDE**2, dtype=torch.long)
@@ -520,7 +529,9 @@ def result(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-import tiny_glm4v  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_aimv2  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_encoders  # noqa: E402, F401
+import tiny_glm4v  # noqa: E402, F401
 import tiny_internvl  # noqa: E402, F401
 import tiny_ovis2  # noqa: E402, F401
 import tiny_qwen3_vl  # noqa: E402, F401

@@ -57,6 +57,7 @@ SISTERS = {
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
     "DINOv3ViTModel": "Dinov2WithRegistersModel",
+    "Aimv2VisionModel": "SiglipVisionModel",
     "ViTMAEModel": "ViTModel",
     "BeitModel": "ViTModel",
     "IJepaModel": "SiglipVisionModel",

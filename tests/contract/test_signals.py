@@ -14,7 +14,7 @@ from jeton.needs import ClassAttention, Keys, LastAttention, Need, ReceivedAtten
 
 WITH_CLASS = ["CLIPVisionModel", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel"]
 WITH_CLASS += ["DINOv3ViTModel", "ViTMAEModel", "BeitModel"]
-WITHOUT = ["SiglipVisionModel", "IJepaModel", "VideoMAEModel"]
+WITHOUT = ["SiglipVisionModel", "Aimv2VisionModel", "IJepaModel", "VideoMAEModel"]
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 

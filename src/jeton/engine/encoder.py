@@ -117,6 +117,9 @@ class EncoderSite:
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
+        probe = self.encoder.probe
+        if probe is not None and (self.stepped or (self.alone and self.run.methods)):
+            self.run.taps.listen(probe, _ProbeListener(self), functional=True)
         if self.averaged is not None:
             self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
             self.run.hook(self.averaged.register_forward_pre_hook(self._average))
@@ -136,12 +139,16 @@ class EncoderSite:
     def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.last = features_of(output)
 
+    def as_tokens(self, features: Tensor) -> Tokens:
+        """The tokens that left the last block, with these features."""
+        index = None if self.reduction is None else self.reduction.index
+        return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
+
     def _average(self, module: nn.Module, args: tuple) -> tuple | None:
         """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
         tokens = self.run.tokens
         if tokens is None and self.last is not None:  # the head comes before the encoder's output
-            index = None if self.reduction is None else self.reduction.index
-            tokens = Tokens(self.last, self.mask, index, self.size, self.encoder.prefix)
+            tokens = self.as_tokens(self.last)
         if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
             return None
         weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
@@ -273,10 +280,10 @@ class EncoderSite:
             kwargs = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
             mixed = parts.attention(parts.norm1(x), *args, **kwargs)
             mixed = mixed[0] if isinstance(mixed, tuple) else mixed
-            x = parts.drop1(parts.scale1(mixed)) + x
+            x = parts.add(x, parts.drop1(parts.scale1(mixed)))
             x = self._step(number, "middle", x)
             self.lengths.append((before, x.shape[1]))
-            x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
+            x = parts.add(x, parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))))
             x = self._step(number, "after", x)
             return self._conclude(x) if number == self.depth - 1 else x
 
@@ -469,6 +476,23 @@ class _Listener(Listener):
         logits = attention.rows(query, key, extra.get("scaling"), self.bias(query, key), logits=True)
         weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class _ProbeListener(Listener):
+    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        tokens = self.site.run.tokens
+        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
+        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
+        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
+            hidden = ~tokens.mask[:, None, None]
+            bias = query.new_zeros(hidden.shape) if bias is None else bias
+            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
+        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
 
 
 def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -274,6 +274,8 @@ class Run:
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
             )
         self.encoder.check(self.model)
+        if isinstance(self.view, VisionLanguage):
+            self.view.check()
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
@@ -357,14 +359,14 @@ class Run:
             self._refuse(
                 method,
                 "came without one",
-                "text=jeton.ClipText(clip, tokenizer) and question=..., or text=False to go without the question",
+                f"text=jeton.ClipText(clip, tokenizer) and question=..., or {method.card.id}(text=False) to go without",
                 "the question through a text tower",
             )
         elif need.tower.width != width or self.encoder.packed:
             self._refuse(
                 method,
                 f"has an encoder of width {width} ({self.encoder.name}) and the tower's patches are {need.tower.width} wide",
-                "the CLIP model that this encoder was taken from, or text=False",
+                f"the CLIP model that this encoder was taken from, or {method.card.id}(text=False)",
                 "the question through a text tower",
             )
 

@@ -28,7 +28,10 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``."""
+    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``.
+
+    residual_first: the block adds ``x + half``, not ``half + x``. The numbers are the same, but a sum has the memory layout of
+    what stands first, and some norms round by it."""
 
     norm1: Callable[..., Tensor]
     attention: nn.Module
@@ -38,6 +41,10 @@ class Parts:
     scale2: Callable[..., Tensor] = _same
     drop1: Callable[..., Tensor] = _same
     drop2: Callable[..., Tensor] = _same
+    residual_first: bool = False
+
+    def add(self, x: Tensor, half: Tensor) -> Tensor:
+        return x + half if self.residual_first else half + x
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,18 @@ class Gated:
     act: Callable[[Tensor], Tensor]
 
 
-class Encoder:
+class View:
+    """What views have in common.
+
+    example: fields beside the defaults of the class's configuration with which an instance shows what methods can do on the
+    family; most need none. home: the module that holds the class, where it is not at the top of transformers.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    home: ClassVar[str | None] = None
+
+
+class Encoder(View):
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
@@ -58,9 +76,9 @@ class Encoder:
     groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes
     pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work. pooling: the head that is
     handed a token mask as its second argument, where there is one. pools_special: the head's mean over tokens has special tokens
-    in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and no function of transformers'
-    registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor normalises pixels
-    unless told otherwise.
+    in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of transformers' registry.
+    argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor normalises pixels unless told
+    otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -113,6 +131,11 @@ class Encoder:
     def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""
         return inputs
+
+    @property
+    def probe(self) -> nn.Module | None:
+        """The head, or the part of it, in which a query of its own attends to all tokens; None where there is none."""
+        return None
 
     def averaged(self, top: nn.Module) -> nn.Module | None:
         """The module that is handed the mean of all patches, in this model or in `top`; None where no head averages."""
@@ -181,9 +204,13 @@ class Encoder:
 
     def shape(self, depth: int) -> Shape:
         """What a learned method builds its modules for; `depth` blocks feed what is handed on."""
+        return Shape(self.dims[0], self.heads, depth, self.usual_patches, self.prefix)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
         config = self.model.config
-        heads = getattr(config, "num_attention_heads", None) or config.num_heads
-        return Shape(self.dims[0], heads, depth, self.usual_patches, self.prefix)
+        return getattr(config, "num_attention_heads", None) or config.num_heads
 
     @property
     def usual_patches(self) -> int:
@@ -201,7 +228,7 @@ class Encoder:
         return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
 
 
-class VisionLanguage:
+class VisionLanguage(View):
     """View of a vision-language model.
 
     base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
@@ -232,6 +259,9 @@ class VisionLanguage:
 
     def vision(self) -> Encoder:
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise `Unsupported` where this very model is configured in a way that no method can act on."""
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from ..layout import Geometry
@@ -12,6 +14,7 @@ from .llava import Llava
 @adapter("BridgedLlava", "BridgedLlavaModel")
 class Bridged(Llava):
     mixes = True
+    example: ClassVar = {"bridge": {"id": "m3", "tokens": 144}}
 
     @property
     def bridge(self) -> nn.Module:
