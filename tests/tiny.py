@@ -537,7 +537,7 @@ def result(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-import tiny_aya  # noqa: E402 - families in files of their own join the tables above
+import tiny_aya  # noqa: E402, F401 - families in files of their own join the tables above
 import tiny_gemmas  # noqa: E402, F401
 import tiny_glm4v  # noqa: E402, F401
 import tiny_internvl  # noqa: E402, F401

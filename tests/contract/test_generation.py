@@ -16,7 +16,6 @@ from cases import (
     Case,
     as_recomputed,
     both_attentions,
-    coordinates,
     each,
     renumbers,
 )
