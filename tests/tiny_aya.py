@@ -33,7 +33,7 @@ def tiny_aya_vision() -> nn.Module:
 def _pictures(
     net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
 ) -> tuple[tiny.Inputs, list[int], list[Tensor]]:
-    """Images are cut into so many tiles, with a thumbnail behind where there are several."""
+    """Images are so many tiles, with a thumbnail behind where there are several."""
     tiles = [count + (count > 1) for (count,) in images]
     pixels = torch.randn(sum(tiles), 3, TILE, TILE, generator=generator)
     return {"pixel_values": pixels}, [count * TOKENS for count in tiles], [_written(count) for (count,) in images]
