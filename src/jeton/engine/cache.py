@@ -12,9 +12,6 @@ from ..method import Method
 from .flow import Kept
 from .prompt import Prompt
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
 class CacheSite:
     """From layer `first` on caches end up with the columns that are left in the last layer; what comes later joins all of
     them."""
@@ -38,7 +35,8 @@ class CacheSite:
             self._check(kwargs["past_key_values"])
 
     def _check(self, cache: Any) -> None:
-        strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in PLAIN}
+        plain = (DynamicLayer, DynamicSlidingWindowLayer) if self.prompt.view.windowed else (DynamicLayer,)
+        strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}
         if strange:
             raise ValueError(
                 f"{self.prompt.run.spec} shrinks the cache after the prompt, which jeton does in a DynamicCache of plain layers; "

@@ -189,7 +189,7 @@ class LayerSite:
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
-                seen = (prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                seen = (prompt.flow, kwargs["inputs_embeds"], prompt.real)
                 self.raters.update({which: Raters.choose(*seen, which) for which in rated})
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.first = [NOMINAL] if prompt.flow is None else prompt.flow.first

@@ -27,7 +27,7 @@ class Raters:
 
     @classmethod
     def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, which: str = "relevant") -> Raters:
-        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model. `which` of the text
+        """embeds (B, L, D) as they enter the language model, mask (B, L) true where no padding is. `which` of the text
         behind an image rates it: what is "relevant", or "all" of it."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
