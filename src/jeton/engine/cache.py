@@ -12,6 +12,7 @@ from ..method import Method
 from .flow import Kept
 from .prompt import Prompt
 
+
 class CacheSite:
     """From layer `first` on caches end up with the columns that are left in the last layer; what comes later joins all of
     them."""
