@@ -79,6 +79,8 @@ SISTERS = {
     "VisionTransformerDistilled": "DeiTModel",
 }
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
+# families of which only the language model is new: what acts at its door and in it speaks for the rest
+LANGUAGE_ONLY = (PALIGEMMA2, AYA)
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,8 @@ def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
 
 def _weighed(case: Case) -> Any:
     """A case as pytest's parameter; slow where a sister family stands in for it."""
-    spoken_for = case.model in SISTERS and case.method not in SPEAKERS
+    speakers = ("divprune", "fastv") if case.model in LANGUAGE_ONLY else SPEAKERS
+    spoken_for = case.model in SISTERS and case.method not in speakers
     return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
 
 

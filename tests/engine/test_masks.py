@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from cases import AYA, GEMMA3, LLAVA, PALIGEMMA, PALIGEMMA2
-from references import TIGHT, difference, generated, kept_at, sights, view_of
+from references import CLOSE, TIGHT, difference, generated, kept_at, masked_from, sights, view_of, visual
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from witness import Listening, Seen, watching
@@ -92,6 +93,39 @@ def _behind(net: torch.nn.Module, seen: Seen, start: int, masks: list[Tensor]) -
 
 def _kinds(net: torch.nn.Module) -> list[str]:
     return view_of(net).decoder.config.layer_types
+
+
+def sliding_llava() -> torch.nn.Module:
+    """Mistral, all of whose layers slide, and which makes one mask for all of them."""
+    text = transformers.MistralConfig(**tiny._text(), max_position_embeddings=1024, sliding_window=24)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**tiny.vision()),
+        text_config=text,
+        image_token_id=tiny.IMAGE,
+        image_seq_length=tiny.SIDE**2,
+    )
+    return tiny.ready(transformers.LlavaForConditionalGeneration(config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["divprune(keep=0.5)", "fastv(keep=0.5, layer=2)"])
+def test_a_language_model_that_slides_in_every_layer(spec: str):
+    """Padded prompts, decoded on caches of windows; what is masked instead is the same."""
+    net = sliding_llava()
+    inputs = tiny.inputs_for(net)
+    with apply(net, spec) as run:
+        output = generated(net, inputs)
+        assert {layer.keys.shape[2] for layer in output.past_key_values.layers} == {23}
+        left = [run.assignment(image) for image in range(run.layout.images)]
+    new = output.sequences[:, -16:]
+    longer = tiny.extended(inputs, new[:, :-1])
+    longer["position_ids"] = tiny.positions(net, longer)
+    gone = torch.zeros_like(longer["input_ids"], dtype=torch.bool)
+    gone[visual(net, longer)] = torch.cat([one.flatten() != torch.arange(49) for image in left for one in image])
+    layer = 2 if "fastv" in spec else 0
+    with masked_from(net, layer, sights(net, longer, gone)):
+        right = tiny.run(net, longer, use_cache=False)[:, -16:]
+    assert difference(torch.stack(output.logits, 1), right) < CLOSE and torch.equal(right.argmax(-1), new)
 
 
 @torch.no_grad()

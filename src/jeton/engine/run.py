@@ -336,7 +336,7 @@ class Run:
         view = self.view
         if not self.methods or not isinstance(view, VisionLanguage) or not (view.windowed or view.masked_above):
             return
-        implementation = getattr(view.decoder.config, "_attn_implementation", None) or ""
+        implementation = getattr(getattr(view.decoder, "config", None), "_attn_implementation", None) or ""
         if "flash" in implementation or "flex" in implementation:
             raise Unsupported(
                 f"{view.name} has layers with windows or blocks of columns that see each other, which the kernels of "
