@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 import tiny
 
+WINDOW = 60  # longer than an image, shorter than the longest prompts
 TILE, TOKENS = 8 * tiny.PATCH, 16
 MARKS = (tiny.START, tiny.END, 7, 8)  # begin and end of an image, a tile, the thumbnail
 
 
-def tiny_aya_vision() -> nn.Module:
+def tiny_aya_vision(window: int = WINDOW) -> nn.Module:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
     text = transformers.Cohere2Config(
-        **tiny._text(), max_position_embeddings=1024, pad_token_id=tiny.PAD, sliding_window=24, layer_types=kinds
+        **tiny._text(), max_position_embeddings=1024, pad_token_id=tiny.PAD, sliding_window=window, layer_types=kinds
     )
     config = transformers.AyaVisionConfig(
         vision_config=transformers.SiglipVisionConfig(**tiny.vision(vision_use_head=False, image_size=TILE)).to_dict(),

@@ -10,7 +10,7 @@ from torch import nn
 
 import tiny
 
-WINDOW = 24
+WINDOW = 60  # longer than an image, shorter than the longest prompts
 
 
 def _text(**more: Any) -> dict[str, Any]:
@@ -27,11 +27,11 @@ def _ready(model: nn.Module) -> nn.Module:
     return model
 
 
-def tiny_paligemma(second: bool = False) -> nn.Module:
+def tiny_paligemma(second: bool = False, window: int = WINDOW) -> nn.Module:
     """Version 2 slides every other layer and bends logits at 5, not at 50 as the published ones, so that it matters."""
     text = transformers.GemmaConfig(**_text())
     if second:
-        text = transformers.Gemma2Config(**_text(sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=5.0))
+        text = transformers.Gemma2Config(**_text(sliding_window=window, query_pre_attn_scalar=16, attn_logit_softcapping=5.0))
     config = transformers.PaliGemmaConfig(
         vision_config=transformers.SiglipVisionConfig(**tiny.vision(vision_use_head=False), projection_dim=64).to_dict(),
         text_config=text.to_dict(),
@@ -41,10 +41,10 @@ def tiny_paligemma(second: bool = False) -> nn.Module:
     return _ready(transformers.PaliGemmaForConditionalGeneration(config))
 
 
-def tiny_gemma3(side: int = 12, tokens: int = 36) -> nn.Module:
+def tiny_gemma3(side: int = 12, tokens: int = 36, window: int = WINDOW) -> nn.Module:
     """12 x 12 patches, 2 x 2 of which make a token; every other layer slides."""
     kinds = ["sliding_attention", "full_attention"] * 2
-    text = transformers.Gemma3TextConfig(**_text(sliding_window=WINDOW, query_pre_attn_scalar=16, layer_types=kinds))
+    text = transformers.Gemma3TextConfig(**_text(sliding_window=window, query_pre_attn_scalar=16, layer_types=kinds))
     config = transformers.Gemma3Config(
         vision_config=transformers.SiglipVisionConfig(
             **tiny.vision(vision_use_head=False, image_size=side * tiny.PATCH)

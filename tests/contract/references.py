@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from witness import Replay, Seen, match, watching
+from witness import Replay, Seen, match, shown, watching
 
 import tiny
 from jeton.engine import apply
@@ -94,7 +94,7 @@ def layer_columns(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> T
     mask = seen.layers[layer]["mask"]
     if mask is None:
         return at
-    return torch.where(seen.columns(layer), at, -1)
+    return torch.where(shown(mask).expand(batch, -1), at, -1)
 
 
 def added(seen: Seen, whole: Seen, inputs: tiny.Inputs) -> list[Tensor]:

@@ -46,19 +46,12 @@ class Seen:
         hidden, mask = seen["hidden"], seen["mask"]
         if mask is None:
             return torch.full((hidden.shape[0],), hidden.shape[1])
-        return self.columns(layer).sum(1)
-
-    def columns(self, layer: int) -> Tensor:
-        """(B, n) the columns of a layer that are no padding: some layer of this length lets others look at them (where layers see
-        a window, some see everything)."""
-        hidden = self.layers[layer]["hidden"]
-        masks = [part["mask"] for part in self.layers if part["hidden"].shape[1] == hidden.shape[1]]
-        seen = [shown(mask).expand(hidden.shape[0], -1) for mask in masks if mask is not None]
-        return torch.stack(seen).any(0)
+        return shown(mask).expand(hidden.shape[0], -1).sum(1)
 
 
 def shown(mask: Tensor) -> Tensor:
-    """(B, n) the columns that somebody else may look at, under a mask (B, 1, L, n), and the last one: those without padding."""
+    """(B, n) the columns that somebody else may look at, under a mask (B, 1, L, n), and the last one: those without padding, if
+    windows are longer than images."""
     allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     rows, keys = allowed.shape[1:]
     own = torch.eye(keys, dtype=torch.bool)[keys - rows :]
@@ -85,7 +78,14 @@ def watching(net: nn.Module) -> Iterator[Seen]:
 
     def layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        seen.layers.append({"hidden": hidden, "mask": kwargs.get("attention_mask"), "rotary": kwargs.get("position_embeddings")})
+        seen.layers.append(
+            {
+                "hidden": hidden,
+                "mask": kwargs.get("attention_mask"),
+                "rotary": kwargs.get("position_embeddings"),
+                "ids": kwargs.get("position_ids"),
+            }
+        )
 
     adds = view.deepstack[1] if isinstance(view, VisionLanguage) and view.deepstack else ""
     own = getattr(view.decoder, adds) if adds else None

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from cases import AYA, GEMMA3, LLAVA, PALIGEMMA, PALIGEMMA2
-from references import CLOSE, TIGHT, difference, generated, kept_at, masked_from, sights, view_of, visual
+from references import CLOSE, TIGHT, difference, generated, masked_from, sights, view_of, visual
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from witness import Listening, Seen, watching
 
 import jeton
 import tiny
+import tiny_aya
+import tiny_gemmas
 from jeton.engine import apply, watch
 from jeton.engine.masks import Whole, hidden, made, taken
 from jeton.method import get
 from jeton.needs import LastAttention
 
 WINDOWED = [PALIGEMMA2, GEMMA3, AYA]
+
+
+@lru_cache
+def narrow(name: str, attention: str = "sdpa") -> torch.nn.Module:
+    """The tiny model with windows of 24 columns, shorter than an image."""
+    builders = {
+        PALIGEMMA: tiny_gemmas.tiny_paligemma,
+        PALIGEMMA2: partial(tiny_gemmas.tiny_paligemma, second=True, window=24),
+        GEMMA3: partial(tiny_gemmas.tiny_gemma3, window=24),
+        AYA: partial(tiny_aya.tiny_aya_vision, window=24),
+    }
+    net = builders[name]()
+    if attention == "eager":
+        net.set_attn_implementation("eager")
+    return net
 
 
 def window(length: int, size: int) -> Tensor:
@@ -51,7 +69,7 @@ def test_a_row_of_padding_sees_itself_only():
 @pytest.mark.parametrize("name", [GEMMA3, AYA])
 def test_masks_are_made_for_the_whole_conversation(name: str):
     """Behind 30 columns, whatever the caches hold of them: a window of 24 still begins 23 columns ahead."""
-    view = view_of(tiny.model(name))
+    view = view_of(narrow(name))
     masks: Any = made(view.decoder, torch.zeros(1, 3, 64), torch.ones(1, 33), past=30)
     assert torch.equal(masks["sliding_attention"], window(33, 24)[:, :, 30:])
     assert torch.equal(masks["full_attention"], window(33, 99)[:, :, 30:])
@@ -66,17 +84,15 @@ def test_masks_are_made_for_the_whole_conversation(name: str):
 @pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "fastv(keep=0.3, layer=1)"])
 def test_a_window_reaches_as_far_as_it_did(name: str, spec: str):
     """Masking what left is the same; a window that counts the columns that are left is not."""
-    net = tiny.model(name)
+    net = narrow(name)
     inputs = tiny.prompts(net, tiny.samples(net)[1:2])
     inputs["position_ids"] = ids = tiny.positions(net, inputs)
-    with watching(net) as whole:
-        tiny.run(net, inputs)
     with apply(net, spec), watching(net) as seen:
         logits = tiny.run(net, inputs)[:, -1]
     short = seen.layers[-1]["hidden"].shape[1]
     assert 24 < short < ids.shape[1]
     start = next(number for number, layer in enumerate(seen.layers) if layer["hidden"].shape[1] == short)
-    at = kept_at(seen, whole, start, inputs)
+    at = torch.isin(ids, seen.layers[start]["ids"])
     left = [mask[:, :, at[0]][..., at[0]] for mask in sights(net, inputs, ~at)]
     counted = [window(short, 24 if kind == "sliding_attention" else short) for kind in _kinds(net)]
     assert difference(_behind(net, seen, start, left), logits) < TIGHT
@@ -131,7 +147,7 @@ def test_a_language_model_that_slides_in_every_layer(spec: str):
 @torch.no_grad()
 @pytest.mark.parametrize("name", WINDOWED)
 def test_caches_of_layers_with_windows_hold_no_more_than_theirs(name: str):
-    net = tiny.model(name)
+    net = narrow(name)
     inputs = tiny.prompts(net, tiny.samples(net)[1:2])
     with apply(net, "fastv(keep=0.9, layer=2)"):
         cache = generated(net, inputs, max_new_tokens=4).past_key_values
@@ -141,7 +157,7 @@ def test_caches_of_layers_with_windows_hold_no_more_than_theirs(name: str):
 
 @pytest.mark.parametrize("name", [PALIGEMMA, *WINDOWED])
 def test_flash_attention_is_refused_where_it_would_count_what_is_left(name: str, monkeypatch: pytest.MonkeyPatch):
-    net = tiny.model(name)
+    net = narrow(name)
     monkeypatch.setattr(net.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(jeton.Unsupported, match='attn_implementation="' + ("eager" if name == PALIGEMMA2 else "sdpa")):
         apply(net, "random", keep=0.3).remove()
@@ -153,7 +169,7 @@ def test_virtual_unmerging_is_refused_where_layers_do_not_simply_look_back(name:
     method = get("fastv", keep=0.3)
     object.__setattr__(method, "virtual", True)
     with pytest.raises(jeton.Unsupported, match=r"windows or blocks.*unmerge=False"):
-        apply(tiny.model(name), method).remove()
+        apply(narrow(name), method).remove()
     apply(tiny.model(LLAVA), method).remove()
 
 
@@ -162,7 +178,7 @@ def test_virtual_unmerging_is_refused_where_layers_do_not_simply_look_back(name:
 @pytest.mark.parametrize("layer", [1, 2])
 def test_attention_ahead_of_a_layer_equals_its_own_row(name: str, layer: int):
     """With windows, without RoPE, with bent logits."""
-    net = tiny.model(name, "eager")
+    net = narrow(name, "eager")
     inputs = tiny.inputs_for(net)
     whole = net(**inputs, output_attentions=True).attentions[layer]
     listener = Listening("layer", {"last": LastAttention(ahead=True)})
