@@ -227,10 +227,13 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
-    if hasattr(made, "set_attn_implementation"):
-        made.set_attn_implementation(attention)
-    else:
+    language = getattr(getattr(made, "model", made), "language_model", made)
+    if not hasattr(made, "set_attn_implementation"):
         attend(made, attention)
+    elif attention == "sdpa" and not language._supports_sdpa:
+        made.set_attn_implementation({"text_config": "eager", "vision_config": attention})
+    else:
+        made.set_attn_implementation(attention)
     return made.to(dtype)
 
 
@@ -299,7 +302,7 @@ def prompts(net: nn.Module, chosen: Sequence[Sample] | None = None) -> Inputs:
     batch: Inputs = {}
     for name in dict.fromkeys(name for single in singles for name in single):
         parts = [single[name] for single in singles if name in single]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             parts = [nn.functional.pad(part, (longest - part.shape[1], 0), value=PAD) for part in parts]
         if name.startswith("pixel") and parts[0].dim() >= 4:  # pictures, crops or tiles of different sizes or numbers
             sizes = [max(sides) for sides in zip(*(part.shape[1:] for part in parts), strict=True)]
@@ -339,16 +342,27 @@ def positions(net: nn.Module, inputs: Inputs) -> Tensor:
         grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
         return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
-    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first(net)
+
+
+def first(net: nn.Module) -> int:
+    """The position of the first token."""
+    return FIRST.get(family(net), 0)
 
 
 def extended(inputs: Inputs, new: Tensor) -> Inputs:
     """The same prompts with more text behind."""
     more = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new], 1)}
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", _later(inputs))):
         if name in inputs:
             more[name] = nn.functional.pad(inputs[name], (0, new.shape[1]), value=value)
     return more
+
+
+def _later(inputs: Inputs) -> int:
+    """The type of what is said behind a prompt: PaliGemma marks it, where Gemma 3 marks images."""
+    types = inputs.get("token_type_ids")
+    return int(types is not None and not bool(types[inputs["input_ids"] == IMAGE].any()))
 
 
 def _single(net: nn.Module, sample: Sample) -> Inputs:
@@ -366,6 +380,8 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     if family(net) in COORDINATES:
         films = 2 if "pixel_values" not in inputs else 1  # some families write videos with image tokens
         inputs["mm_token_type_ids"] = films * (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    if family(net) in TYPES:
+        inputs["token_type_ids"] = TYPES[family(net)](ids)
     return inputs
 
 
@@ -453,6 +469,10 @@ PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
     "llava_onevision": _crops_or_frames,
     "qwen2": _qwen_pictures,
 }
+# the first position, where it is not 0
+FIRST: dict[str, int] = {}
+# for families that are told which tokens see each other, `token_type_ids` of a prompt
+TYPES: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 # -- pictures for encoders alone -----------------------------------------------------------------------------------------
@@ -530,7 +550,9 @@ def result(output: Any) -> Tensor:
 
 
 import tiny_aimv2  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_aya  # noqa: E402, F401
 import tiny_encoders  # noqa: E402, F401
+import tiny_gemmas  # noqa: E402, F401
 import tiny_glm4v  # noqa: E402, F401
 import tiny_internvl  # noqa: E402, F401
 import tiny_ovis2  # noqa: E402, F401

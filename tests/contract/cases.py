@@ -34,9 +34,16 @@ LANGUAGE = [
     "Qwen3VLForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration-2",
+    "Gemma3ForConditionalGeneration",
+    "AyaVisionForConditionalGeneration",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
-INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:]
+INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:12]
+PALIGEMMA, PALIGEMMA2, GEMMA3, AYA = LANGUAGE[12:16]
+AT_ONCE = (PALIGEMMA, PALIGEMMA2)  # all of a prompt sees all of it, so that a second turn is not the rest of a longer first one
+IDS_ONLY = (PALIGEMMA, PALIGEMMA2, GEMMA3)  # `generate` takes no embeddings
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -53,6 +60,13 @@ SISTERS = {
     "Qwen3VLModel": "Qwen2_5_VLModel",
     "Glm4vModel": "Qwen2_5_VLModel",
     "Ovis2Model": "LlavaOnevisionModel",
+    PALIGEMMA: LLAVA_SIGLIP,
+    PALIGEMMA2: LLAVA_SIGLIP,
+    GEMMA3: QWEN,
+    AYA: QWEN,
+    "PaliGemmaModel": "LlavaModel",
+    "Gemma3Model": "Qwen2_5_VLModel",
+    "AyaVisionModel": "Qwen2_5_VLModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
@@ -66,6 +80,8 @@ SISTERS = {
     "VisionTransformerDistilled": "DeiTModel",
 }
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
+# families of which only the language model is new: what acts at its door and in it speaks for the rest
+LANGUAGE_ONLY = (PALIGEMMA2, AYA)
 
 
 @dataclass(frozen=True)
@@ -141,6 +157,8 @@ def claimed(case: Case) -> bool:
     leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)
     if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
         return False
+    if method.virtual and isinstance(seen, VisionLanguage) and (seen.windowed or seen.masked_above):
+        return False
     if method.site == "layer" and not language:
         return False
     if any(isinstance(need, LastAttention) for need in needs) and not language:
@@ -148,6 +166,12 @@ def claimed(case: Case) -> bool:
     if any(isinstance(need, ClassAttention | ClassLikeness) for need in needs) and not encoder.has_class:
         return False
     return encoder.resizable or not method.resizes
+
+
+def renumbers(model: str) -> bool:
+    """Whether positions without gaps mean something to a model."""
+    seen = view(model)
+    return isinstance(seen, VisionLanguage) and seen.rotary_rows == 1 and not seen.windowed
 
 
 def needed(case: Case) -> bool:
@@ -169,6 +193,9 @@ INNER = (
     "Qwen3VLModel",
     "Glm4vModel",
     "Ovis2Model",
+    "PaliGemmaModel",
+    "Gemma3Model",
+    "AyaVisionModel",
     "CLIPVisionModelWithProjection",
     "VisionTransformerDistilled",
 )
@@ -192,7 +219,8 @@ def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
 
 def _weighed(case: Case) -> Any:
     """A case as pytest's parameter; slow where a sister family stands in for it."""
-    spoken_for = case.model in SISTERS and case.method not in SPEAKERS
+    speakers = ("divprune", "fastv") if case.model in LANGUAGE_ONLY else SPEAKERS
+    spoken_for = case.model in SISTERS and case.method not in speakers
     return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
 
 

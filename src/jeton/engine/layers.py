@@ -33,6 +33,8 @@ from ..tokens import gather
 from .ahead import Ahead, Heard, is_ahead, row_mask
 from .entrance import pick
 from .flow import Cut, Kept, whole
+from .masks import hidden as hidden_columns
+from .masks import looking_back, taken
 from .prompt import Prompt, padded
 from .raters import Raters
 from .tap import Listener
@@ -51,7 +53,7 @@ class Stage:
     kept: Kept
     cut: Cut | None = None
     fitted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def fit(self, kwargs: dict, hidden: Tensor) -> dict:
         """The layer's arguments, cut to the columns that are left."""
@@ -65,9 +67,9 @@ class Stage:
     def _embeddings(self, given: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.cut is None and not self.prompt.run.compact:
             return given
-        if self.rotary is None:
-            self.rotary = self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
-        return self.rotary
+        if id(given) not in self.rotary:  # layers of one kind are given the same
+            self.rotary[id(given)] = given, self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
+        return self.rotary[id(given)][1]
 
     def _gathered(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.cut is not None
@@ -98,28 +100,13 @@ class Stage:
         if mask.dim() == 2:
             cut = mask.gather(1, columns)
             return cut if real is None else cut * real.to(cut.dtype)
-        mask = mask.expand(columns.shape[0], -1, -1, -1)
-        if self.cut is not None:
-            mask = gather(mask.transpose(1, 2), self.cut.index).transpose(1, 2)
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        return mask if real is None else _hide(mask, real)
+        return taken(mask, None if self.cut is None else self.cut.index, columns, real, hidden.shape[1])
 
     def _built(self, real: Tensor, hidden: Tensor) -> Tensor:
         """A causal mask where the model left it to its kernel, but samples now differ in length."""
         if "flash" in self.prompt.view.decoder.config._attn_implementation:
             return real.long()
-        rows, keys = hidden.shape[1], real.shape[1]
-        causal = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=real.device).tril(keys - rows)
-        return _hide(causal, real)
-
-
-def _hide(mask: Tensor, real: Tensor) -> Tensor:
-    """A boolean or additive mask (B, 1, q, n) with padding columns hidden; every row may see itself, so that none is empty."""
-    rows, keys = mask.shape[-2:]
-    at = torch.arange(keys, device=mask.device)
-    own = at == (at[:rows, None] + keys - rows)
-    hide = ~real[:, None, None] & ~own
-    return mask & ~hide | own if mask.dtype == torch.bool else mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+        return hidden_columns(looking_back(hidden.shape[1], real), real)
 
 
 class LayerSite:
@@ -202,7 +189,7 @@ class LayerSite:
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
-                seen = (prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                seen = (prompt.flow, kwargs["inputs_embeds"], prompt.real)
                 self.raters.update({which: Raters.choose(*seen, which) for which in rated})
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.first = [NOMINAL] if prompt.flow is None else prompt.flow.first
@@ -345,7 +332,9 @@ class _Listener(Listener):
             for which in {need.raters for need in (*self.text, *self.ranks)}:
                 peaks = any(need.peak for need in self.text if need.raters == which)
                 ranked = any(need.raters == which for need in self.ranks)
-                *both, rank = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut, peaks, ranked)
+                *both, rank = self.site.raters[which].attention(
+                    query, key, mask, scale, prompt.flow, cut, peaks, ranked, extra.get("softcap")
+                )
                 if rank is not None:
                     self.site.ranks[self.number, which] = rank
                 for peak, seen in enumerate(both):
@@ -354,16 +343,20 @@ class _Listener(Listener):
                 if isinstance(need, LayerValues):
                     self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
                 elif isinstance(need, PageRank):
-                    self._hear(need, self._ranks(need, query, key, mask, scale)[:, None])
+                    self._hear(need, self._ranks(need, query, key, mask, scale, extra.get("softcap"))[:, None])
             if LastAttention not in self.kinds and LastSimilarity not in self.kinds:
                 return
             # (B,) the last token, among the new ones
             last = query.new_full((query.shape[0],), query.shape[2] - 1, dtype=torch.long) if prompt.last is None else prompt.last
             if mask is not None:
                 mask = mask[:, None, None].bool() if mask.dim() == 2 else _row(mask, last)
-            for kind, states, others, at in ((LastAttention, query, key, last), (LastSimilarity, value, value, last + past)):
+            softcap = extra.get("softcap")
+            for kind, states, others, at, cap in (
+                (LastAttention, query, key, last, softcap),
+                (LastSimilarity, value, value, last + past, None),
+            ):
                 if kind in self.kinds:
-                    rows = attention.rows(_row(states, at), others, scale, mask)[:, :, 0]
+                    rows = attention.rows(_row(states, at), others, scale, mask, softcap=cap)[:, :, 0]
                     for need in self.needs:
                         if isinstance(need, kind):
                             self._hear(need, rows, past)
@@ -373,7 +366,9 @@ class _Listener(Listener):
         self.site.heard[self.number, need] = Heard(rows, past, self.site.prompt.flow)
 
     @torch.no_grad()
-    def _ranks(self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def _ranks(
+        self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> Tensor:
         """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
         batch, heads, length, _ = query.shape
         past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
@@ -387,7 +382,8 @@ class _Listener(Listener):
                 seen = row_mask(None if mask is None else mask[:, : past + stop], keys, past, everyone, column)
             else:
                 seen = mask[:, :, begin:stop, : past + stop]
-            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen)[..., past:]
+            cap = None if softcap is None else softcap / need.temperature
+            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen, softcap=cap)[..., past:]
             return share.masked_fill(~real[:, None, begin:stop, None], 0)  # a row of padding may see no key at all
 
         return importance(pagerank(rows, real / real.sum(1, keepdim=True), heads, need.rounds, need.block))

@@ -27,7 +27,7 @@ class Raters:
 
     @classmethod
     def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, which: str = "relevant") -> Raters:
-        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model. `which` of the text
+        """embeds (B, L, D) as they enter the language model, mask (B, L) true where no padding is. `which` of the text
         behind an image rates it: what is "relevant", or "all" of it."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
@@ -54,6 +54,7 @@ class Raters:
         cut: Cut | None,
         peaks: bool,
         ranked: bool = False,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads, a slab of text at a time: the
         mean over raters, and with `peaks` the largest; `ranked`, also the rank (R, 1) of each image's matrix (raters, tokens). An
@@ -76,7 +77,7 @@ class Raters:
         for start in range(0, columns.shape[1], SLAB):
             part = slice(start, start + SLAB)
             seen = row_mask(mask, key, past, everyone, columns[:, part])
-            rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen).mean(1)
+            rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen, softcap=softcap).mean(1)
             rows = rows.masked_fill(~real[:, part, None], 0)  # a row of padding may see no key at all
             rows, share = rows[self.sample], weight[:, None, part]
             mean = mean + (share @ rows)[:, 0]

@@ -38,6 +38,7 @@ from .groups import Groups
 from .layers import LayerSite
 from .lessons import Lessons, Student
 from .loss import Loss
+from .masks import WindowSite
 from .outlet import Outlet
 from .picture import seen, sheet
 from .projector import ProjectorSite
@@ -160,6 +161,8 @@ class Run:
         if view.projector is not None:
             ProjectorSite(prompt, [] if view.mixes else early).attach()
         LayerSite(prompt, layered).attach()
+        if self.methods:
+            WindowSite(prompt).attach()
         if self.virtual:
             VirtualSite(prompt).attach()
         CacheSite(prompt, self.methods).attach()
@@ -301,7 +304,13 @@ class Run:
                 f"{self.view.name} has no newlines of its own: {self.view.marks} are text of the prompt, and stay; leave out "
                 f'newlines={self.newlines!r}, or use newlines="keep".'
             )
+        if self.compact and isinstance(self.view, VisionLanguage) and self.view.windowed:
+            raise Unsupported(
+                f"{self.view.name} has layers that see a window of so many columns, which without gaps would reach further back; "
+                f'use positions="keep".'
+            )
         self._check_virtual()
+        self._check_masks()
         config = getattr(self.encoder.model, "config", None)
         implementation = getattr(config, "_attn_implementation", None) or ""
         if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
@@ -324,6 +333,11 @@ class Run:
         if virtual is None or not isinstance(self.view, VisionLanguage):
             return
         name = virtual.card.id
+        if self.view.windowed or self.view.masked_above:
+            raise Unsupported(
+                f"{name} lets merged tokens act at all their places in layers that look back, but {self.view.name} has layers "
+                f"with windows or blocks of columns that see each other; use {name}(unmerge=False)."
+            )
         if self.compact:
             raise ValueError(
                 f'{name} lets merged tokens act at their original positions, which positions="compact" gives up; use '
@@ -334,6 +348,18 @@ class Run:
             raise Unsupported(
                 f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels "
                 f'do not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
+            )
+
+    def _check_masks(self) -> None:
+        view = self.view
+        if not self.methods or not isinstance(view, VisionLanguage) or not (view.windowed or view.masked_above):
+            return
+        implementation = getattr(getattr(view.decoder, "config", None), "_attn_implementation", None) or ""
+        if "flash" in implementation or "flex" in implementation:
+            raise Unsupported(
+                f"{view.name} has layers with windows or blocks of columns that see each other, which the kernels of "
+                f"{implementation} count by the columns that are left; load the model with attn_implementation="
+                f'"{"sdpa" if getattr(view.decoder, "_supports_sdpa", False) else "eager"}".'
             )
 
     def _check_needs(self, method: Method, needs: list[Need]) -> None:
