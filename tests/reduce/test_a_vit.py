@@ -137,6 +137,19 @@ def test_losses_by_hand():
     assert found["prior"].item() == pytest.approx(float((target * (target / halting).log()).sum()), abs=1e-4)
 
 
+@torch.no_grad()
+def test_a_language_model_gets_as_many_tokens_as_there_were():
+    net = tiny.model("LlavaForConditionalGeneration")
+    inputs = tiny.inputs_for(net)
+    outputs = []
+    for beta in (1e4, 2.0):
+        with apply(net, "a-vit", beta=beta) as run:
+            outputs.append(tiny.run(net, inputs))
+            report = run.report()
+        assert all(image.before == image.after for image in report.images)
+    assert report.encoder_tokens[3] < 50 and not torch.allclose(*outputs, atol=1e-2)
+
+
 def test_gradients_of_the_ponder_loss_make_tokens_halt_sooner():
     net = tiny.tiny_vit()
     with apply(net, "a-vit", beta=3.0, ponder=1.0, train=True) as run:

@@ -257,10 +257,17 @@ class EncoderSite:
             plans, count = [], patches
             for method in self.stepped:
                 self.run.check_keep(method, count)
-                plans.append((method, method.steps(count, self.depth)))
+                plans.append((method, self._steps(method, count)))
                 count = method.promise(count, self.depth).count
             self._plans[patches] = plans
         return self._plans[patches]
+
+    def _steps(self, method: Method, count: int) -> list[Method | None]:
+        return (
+            method.lessons(count, self.depth)
+            if self.run.train and isinstance(method, Learned)
+            else method.steps(count, self.depth)
+        )
 
     def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
         parts = self.encoder.parts(block)
