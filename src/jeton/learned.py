@@ -60,14 +60,23 @@ class Learned(Method):
         and score the step changes. Differentiable."""
         raise NotImplementedError(f"{type(self).__name__} must say how it is trained.")
 
+    def sight(self, query: Tensor, key: Tensor, tokens: Tokens, signals: Signals) -> Tensor | None:
+        """For the site attention: (B, H, N, N) true where a query attends to a key, None for everywhere; from queries and keys
+        (B, H, N, d) of a block and the tokens in front of it (their features are not to be read)."""
+        return None
+
+    def imitated(self, query: Tensor, key: Tensor, scale: float, tokens: Tokens, signals: Signals) -> Tensor | None:
+        """For the site attention, in training: what this block adds to the loss; the mean over blocks counts."""
+        return None
+
     def losses(self, softened: list[Tokens], learned: nn.Module | None, shape: Shape) -> dict[str, Tensor]:
         """What it adds to the loss of its task, by name, weights included: from the tokens as each step left them, and from what
         is being learned."""
         return {}
 
-    def resized(self, state: dict[str, Tensor], old: Shape, new: Shape) -> dict[str, Tensor]:
-        """Weights that were trained on an encoder of another shape, for this one; by default as they are."""
-        return state
+    def fits(self, trained: Shape, shape: Shape) -> bool:
+        """Whether modules that were trained on one encoder can be used on another."""
+        return trained.width == shape.width
 
     def flops(self, n: int, shape: Shape) -> float:
         """What its modules cost for one picture of n patches."""
@@ -106,17 +115,22 @@ def read(method: Learned) -> tuple[dict[str, Tensor], Shape]:
     return state, Shape(**json.loads(told["shape"]))
 
 
-def load(module: nn.Module, method: Learned, shape: Shape) -> None:
-    """Read the weights a method names into the modules it has built for an encoder of this shape."""
+def load(method: Learned, shape: Shape) -> nn.Module | None:
+    """The modules a method has for an encoder of this shape, with the weights it names: of the shape they were trained on."""
     state, before = read(method)
-    state, own = method.resized(state, before, shape), module.state_dict()
+    module = method.build(before)
+    if module is None:
+        return None
+    own = module.state_dict()
     wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
-    if wrong:
+    if wrong or not method.fits(before, shape):
+        differs = f" (first difference: {wrong[0]})" if wrong else ""
         raise ValueError(
             f"the weights {method.weights} were trained on an encoder with {before}; they do not fit {method.spec} on one with "
-            f"{shape} (first difference: {wrong[0]})."
+            f"{shape}{differs}."
         )
     module.load_state_dict(state)
+    return module
 
 
 def _file(path: str | os.PathLike[str], method: Method) -> Path:

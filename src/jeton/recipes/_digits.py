@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,10 @@ def learn(
     """Train a method that learns together with those parameters of the digits model that require gradients, in place: cross
     entropy, the method's own losses, and what `more` (run, pixels, logits) adds. The model and what the method has learned are
     written to `out`; returns seconds and losses."""
-    with apply(digits.model, method, train=True) as run:
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # of what is built anew
+        applied = apply(digits.model, method, train=True)
+    with applied as run:
 
         def loss(student: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
             pixels, labels = batch
