@@ -1,6 +1,10 @@
 """DiffRate on the digits: how many of 64 patches each of five blocks prunes and merges, the model frozen.
 
-TODO
+300 steps of 64 images on the rates alone, towards 0.6 of the multiply-adds of the blocks. It took 56 s of processor time on one
+core, measuring included (234 s on a busy machine), and 720 MB. It comes to 0.602 and answers 0.947 of the held-out digits (0.952
+with all tokens); the schedule that keeps 0.77 of the patches in every block, 0.604 of the FLOPs, answers 0.942. Rates begin
+with half of all patches in every block and stay near there: the frozen model makes no mistakes on what it was trained on, so its
+loss says little.
 """
 
 from __future__ import annotations
