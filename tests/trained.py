@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from jeton.learned import Shape, needs_training, save
-from jeton.method import get, reducers
+from jeton.method import get, methods
 
 TINY = Shape(width=32, heads=4, depth=5, patches=49, prefix=1)  # of the encoders in tests/tiny.py
-LEARNED = [card.id for card in reducers() if needs_training(card.object())]
+LEARNED = [card.id for card in methods() if needs_training(card.object())]
 _FOLDER = tempfile.TemporaryDirectory()
 
 

@@ -108,6 +108,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     **{name: {"weights": trained.weights(name)} for name in trained.LEARNED},
 }
 
+# methods that find out from every picture how much of it to compute and take no budget: fields with which all of it is, and less
+ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"a-vit": ({"beta": 1e3}, {"beta": 2.0})}
+
 
 def made(name: str, **fields: Any) -> Method:
     """A method that can be applied to a tiny model."""
@@ -124,6 +127,9 @@ def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
     """A method with a budget. The contract speaks of budgets, so every method must take `keep`."""
     cls = get(name).__class__
     names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if name in ADAPTIVE:
+        everything, less = ADAPTIVE[name]
+        return made(name, **(everything if keep == 1.0 else less), **fields)
     assert "keep" in names, (
         f"{name} has no field `keep`; the contract cannot set its budget. Add the field, or teach tests/contract/cases.py."
     )
@@ -208,7 +214,8 @@ LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
 RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
-AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL]
+WHOLE = [case for case in LANGUAGE_CASES if case.made().finishes]  # hands on as many tokens as there were
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in [*VIRTUAL, *WHOLE]]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 

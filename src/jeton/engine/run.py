@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -225,7 +226,9 @@ class Run:
         """In training: what the method adds to the loss of its task, of the last forward, by name."""
         method = self.methods[0]
         assert isinstance(method, Learned)
-        return method.losses(self.softened, self.modules_of(method), self.learned.shape)
+        found = method.losses(self.softened, self.modules_of(method), self.learned.shape)
+        parts = self.site.imitated
+        return {**found, "attention": torch.stack(parts).mean()} if parts else found
 
     def student(self) -> Student:
         """The model and what is learned beside it, as one module to train."""
@@ -284,6 +287,8 @@ class Run:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
             if method.resizes and not self.encoder.resizable:
                 self._refuse(method, *self.encoder.fixed)
+            if method.site == "attention" and self.encoder.packed:
+                self._refuse(method, "packs all pictures into one sequence", "an encoder that keeps pictures apart")
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
@@ -313,6 +318,12 @@ class Run:
         self._check_masks()
         config = getattr(self.encoder.model, "config", None)
         implementation = getattr(config, "_attn_implementation", None) or ""
+        masking = next((m for m in self.methods if m.site == "attention"), None)
+        if "flash" in implementation and masking is not None:
+            raise Unsupported(
+                f"{masking.card.id} says which keys each query attends to, which flash attention kernels do not take; load the "
+                'model with attn_implementation="sdpa".'
+            )
         if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
             raise Unsupported(
                 "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "

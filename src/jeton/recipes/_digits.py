@@ -3,10 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..demo.digits import Digits, accuracy
+from ..engine import Run, apply, watch
 from ..measure.machine import describe
+from ..method import Method
+from ..train import Recipe, train
+
+More = Callable[[Run, Tensor, Tensor], Mapping[str, Tensor]]
+
+
+def learn(
+    digits: Digits, method: Method, recipe: Recipe, out: Path, *, resume: bool, progress: bool, more: More | None = None
+) -> dict[str, Any]:
+    """Train a method that learns together with those parameters of the digits model that require gradients, in place: cross
+    entropy, the method's own losses, and what `more` (run, pixels, logits) adds. The model and what the method has learned are
+    written to `out`; returns seconds and losses."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)  # of what is built anew
+        applied = apply(digits.model, method, train=True)
+    with applied as run:
+
+        def loss(student: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+            pixels, labels = batch
+            logits = student(pixel_values=pixels).logits
+            parts = {"task": F.cross_entropy(logits, labels), **run.losses()}
+            return parts if more is None else {**parts, **more(run, pixels, logits)}
+
+        student = run.student()
+        told = train(student, digits.train, loss, recipe, out=out, resume=resume, progress=progress, name=method.card.id)
+        digits.model.save_pretrained(out)
+        run.save(out)
+    digits.model.eval()
+    curves = {name: [round(value, 4) for value in values[:: max(1, len(values) // 10)]] for name, values in told.losses.items()}
+    return {"seconds": round(told.seconds), "losses": curves}
+
+
+def measured(digits: Digits, method: str | Method | None, **fields: Any) -> dict[str, Any]:
+    """Accuracy on the held-out digits, the tokens that enter each block, and the share of FLOPs that ran."""
+    with watch(digits.model) if method is None else apply(digits.model, method, **fields) as run:
+        right = accuracy(digits.model, digits.test)
+        report = run.report()
+    return {"accuracy": round(right, 4), "tokens": list(report.encoder_tokens), "flops": round(report.flops_share, 4)}
 
 
 def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
