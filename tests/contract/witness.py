@@ -119,6 +119,7 @@ class Stand(Method):
             "prefix_tokens",
             "proportional",
             "virtual",
+            "zeroes",
             "resizes",
             "of_all",
             "keep",
