@@ -1,4 +1,4 @@
-"""Whether language-model layers agree on which visual tokens matter: what a schedule found layer by layer rests on (`g-search`)."""
+"""Whether language-model layers agree on which visual tokens matter: what a schedule found by layer rests on (`g-search`)."""
 
 from __future__ import annotations
 
