@@ -34,9 +34,10 @@ LANGUAGE = [
     "Qwen3VLForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
+    "BridgedLlavaNext",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
-INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:]
+INTERNVL, QWEN3, GLM4V, OVIS2, BRIDGED_NEXT = LANGUAGE[8:]
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -44,6 +45,7 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    BRIDGED_NEXT: ONEVISION,
     INTERNVL: ONEVISION,
     QWEN3: QWEN,
     GLM4V: QWEN,
@@ -55,6 +57,7 @@ SISTERS = {
     "Ovis2Model": "LlavaOnevisionModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
+    "BridgedLlavaNextModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
     "DINOv3ViTModel": "Dinov2WithRegistersModel",
     "ViTMAEModel": "ViTModel",
@@ -159,6 +162,7 @@ def needed(case: Case) -> bool:
 INNER = (
     "LlavaModel",
     "BridgedLlavaModel",
+    "BridgedLlavaNextModel",
     "LlavaNextModel",
     "LlavaNextVideoModel",
     "LlavaOnevisionModel",
