@@ -134,6 +134,11 @@ def tiny_llava_next() -> nn.Module:
     return ready(transformers.LlavaNextForConditionalGeneration(config))
 
 
+def tiny_bridged_next() -> nn.Module:
+    """LLaVA-NeXT whose crops' 6 x 6 patches are pooled to 3 x 3 tokens behind the projector."""
+    return attach(tiny_llava_next(), "m3", tokens=9)
+
+
 def tiny_llava_next_video() -> nn.Module:
     """LLaVA-NeXT-Video: frames of 6 x 6 patches pooled to 3 x 3."""
     side = 24
@@ -207,9 +212,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VisionTransformerPretrainedModel": tiny_qwen2_tower,
     "LlavaForConditionalGeneration": tiny_llava,
     "BridgedLlava": tiny_bridged,
+    "BridgedLlavaNext": tiny_bridged_next,
     "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
     "LlavaModel": lambda: tiny_llava().model,
     "BridgedLlavaModel": lambda: tiny_bridged().model,
+    "BridgedLlavaNextModel": lambda: tiny_bridged_next().model,
     "LlavaNextForConditionalGeneration": tiny_llava_next,
     "LlavaNextModel": lambda: tiny_llava_next().model,
     "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,

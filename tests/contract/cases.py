@@ -38,10 +38,11 @@ LANGUAGE = [
     "PaliGemmaForConditionalGeneration-2",
     "Gemma3ForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
+    "BridgedLlavaNext",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
 INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:12]
-PALIGEMMA, PALIGEMMA2, GEMMA3, AYA = LANGUAGE[12:16]
+PALIGEMMA, PALIGEMMA2, GEMMA3, AYA, BRIDGED_NEXT = LANGUAGE[12:17]
 AT_ONCE = (PALIGEMMA, PALIGEMMA2)  # all of a prompt sees all of it, so that a second turn is not the rest of a longer first one
 IDS_ONLY = (PALIGEMMA, PALIGEMMA2, GEMMA3)  # `generate` takes no embeddings
 
@@ -51,6 +52,7 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    BRIDGED_NEXT: ONEVISION,
     INTERNVL: ONEVISION,
     QWEN3: QWEN,
     GLM4V: QWEN,
@@ -69,6 +71,7 @@ SISTERS = {
     "AyaVisionModel": "Qwen2_5_VLModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
+    "BridgedLlavaNextModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
     "DINOv3ViTModel": "Dinov2WithRegistersModel",
     "Aimv2VisionModel": "SiglipVisionModel",
@@ -190,6 +193,7 @@ def needed(case: Case) -> bool:
 INNER = (
     "LlavaModel",
     "BridgedLlavaModel",
+    "BridgedLlavaNextModel",
     "LlavaNextModel",
     "LlavaNextVideoModel",
     "LlavaOnevisionModel",

@@ -137,6 +137,7 @@ class Stand(Method):
             "prefix_tokens",
             "proportional",
             "virtual",
+            "zeroes",
             "resizes",
             "of_all",
             "keep",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layout import Album
 from ..learned import Learned
-from ..method import Method
+from ..method import Method, Unsupported
 from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
@@ -378,7 +378,22 @@ class EncoderSite:
                 self.reduction, self.mask = None, self.start_mask
                 self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
                 x = after.features
-        return x
+        return self._full(x) if self.run.restore and self.reduction is not None else x
+
+    def _full(self, x: Tensor) -> Tensor:
+        """Every patch of the pictures again, with the features of the token it went to."""
+        assert self.reduction is not None
+        with self.run.clock.measure("selection"):
+            restored = self.reduction.restore(self._tokens(x))
+            lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
+            if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
+                raise Unsupported(
+                    f"{self.run.spec} drops patches inside the encoder, so there is nothing to restore them from; use a method "
+                    f"that merges, e.g. tome, pitome or dymu, or leave out restore=True."
+                )
+        self.reduction, self.mask, self.variance = None, self.start_mask, None
+        self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+        return restored.features
 
     def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
         if isinstance(need, Trained):
@@ -447,7 +462,8 @@ class EncoderSite:
         value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
         at = self.records_at[need]
         if at is not None:
-            value = _spread(value, at.index, self.patches + self.encoder.prefix)
+            n = self.patches + self.encoder.prefix
+            value = gather(value, at.assign.clamp(min=0)) if self.run.restore else _spread(value, at.index, n)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
     @property

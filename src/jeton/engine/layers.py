@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from ..method import Method
 from ..needs import (
@@ -29,7 +31,7 @@ from ..needs import (
 )
 from ..ops import attention, budget, neurons
 from ..ops.pagerank import importance, pagerank
-from ..tokens import gather
+from ..tokens import Tokens, gather
 from .ahead import Ahead, Heard, is_ahead, row_mask
 from .entrance import pick
 from .flow import Cut, Kept, whole
@@ -119,9 +121,10 @@ class LayerSite:
         self.heard: dict[tuple[int, Need], Heard] = {}
         self.fired: dict[tuple[int, float], Tensor] = {}
         self.raters: dict[str, Raters] = {}
-        # by layer, raters and whether it is their peak: (R, L), where visual tokens stood, and of how many columns
-        self.rated: dict[tuple[int, str, bool], tuple[Tensor, Tensor, int]] = {}
+        # by layer and need: (R, L), where visual tokens stood, and of how many columns
+        self.rated: dict[tuple[int, TextAttention], tuple[Tensor, Tensor, int]] = {}
         self.ranks: dict[tuple[int, str], Tensor] = {}
+        self.rotary: tuple[Tensor, Tensor] | None = None  # of the layer that runs, where a listener asks for it
         self.counts: list[int] | None = None
 
     def plan(self, count: int, first: int) -> Plan:
@@ -169,6 +172,11 @@ class LayerSite:
                 run.hook(view.gated(layer).down.register_forward_pre_hook(functools.partial(self._fire, number, tops)))
             if number >= first:
                 run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
+            if any(isinstance(need, TextAttention) and need.unbiased for need in here):
+                run.hook(layer.register_forward_pre_hook(self._turned, with_kwargs=True))
+
+    def _turned(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.rotary = kwargs["position_embeddings"]
 
     @staticmethod
     def _read_at(need: Need, layer: int) -> int:
@@ -271,7 +279,7 @@ class LayerSite:
         if isinstance(need, PromptNumber):
             return prompt_number(flow)
         if isinstance(need, TextAttention):
-            rated, columns, length = self.rated[self._read_at(need, number), need.raters, need.peak]
+            rated, columns, length = self.rated[self._read_at(need, number), need]
             at = columns.gather(1, flow.scene.rows.slot)
             return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
         if isinstance(need, RaterRank):
@@ -306,11 +314,32 @@ class LayerSite:
         for method, step in self.steps[number]:
             ahead = self._ahead(number, hidden, kwargs) if any(map(is_ahead, step.needs().values())) else None
             signal = functools.partial(self._signal, number, ahead)
+            if step.zeroes:
+                self._zero(kwargs.get("past_key_values"), number - 1, step, tokens, signal)
+                continue
             tokens = prompt.reduce(method, step, tokens, "layer", signal, self._quota(method, number))
         if tokens.size is None:
             return hidden
         flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
         return flat[:-1].view_as(hidden)
+
+    def _zero(self, cache: Any, number: int, step: Method, tokens: Tokens, signal: Callable[[Need], Tensor]) -> None:
+        """Keys and values of a layer that has run become zero where tokens stood that the step would drop."""
+        prompt, flow = self.prompt, self.prompt.flow
+        assert flow is not None
+        if cache is None:
+            return
+        layer = cache.layers[number]
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"{prompt.run.spec} writes zeros into the cache, which jeton does in a DynamicCache of plain layers; this one "
+                f"has {type(layer).__name__}. Leave out cache_implementation."
+            )
+        gone = step.reduce(tokens, {name: signal(need) for name, need in step.needs().items()}).assign < 0
+        zero = torch.zeros(flow.layout.batch * flow.length + 1, dtype=torch.bool, device=gone.device)
+        zero = zero.index_put((flow.at.flatten(),), gone.flatten())[:-1].view(flow.layout.batch, 1, flow.length, 1)
+        zero = torch.nn.functional.pad(zero, (0, 0, layer.keys.shape[2] - flow.length, 0))
+        layer.keys, layer.values = (states.masked_fill(zero, 0) for states in (layer.keys, layer.values))
 
 
 class _Listener(Listener):
@@ -329,16 +358,30 @@ class _Listener(Listener):
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
             cut = None if prompt.stage is None else prompt.stage.cut
-            for which in {need.raters for need in (*self.text, *self.ranks)}:
-                peaks = any(need.peak for need in self.text if need.raters == which)
-                ranked = any(need.raters == which for need in self.ranks)
+            asked = {(need.raters, need.unbiased, need.strongest): None for need in self.text}
+            for which, unbiased, strongest in {**asked, **{(need.raters, False, None): None for need in self.ranks}}:
+                needs = [
+                    each for each in self.text if (each.raters, each.unbiased, each.strongest) == (which, unbiased, strongest)
+                ]
+                plain = not unbiased and strongest is None
                 *both, rank = self.site.raters[which].attention(
-                    query, key, mask, scale, prompt.flow, cut, peaks, ranked, extra.get("softcap")
+                    query,
+                    key,
+                    mask,
+                    scale,
+                    prompt.flow,
+                    cut,
+                    peaks=any(need.peak for need in needs),
+                    ranked=plain and any(need.raters == which for need in self.ranks),
+                    ones=self._ones(query) if unbiased else None,
+                    strongest=strongest,
+                    softcap=extra.get("softcap"),
                 )
                 if rank is not None:
                     self.site.ranks[self.number, which] = rank
-                for peak, seen in enumerate(both):
-                    self.site.rated[self.number, which, bool(peak)] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
+                for need in needs:
+                    seen = both[need.peak]
+                    self.site.rated[self.number, need] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
             for need in self.needs:
                 if isinstance(need, LayerValues):
                     self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
@@ -360,6 +403,14 @@ class _Listener(Listener):
                     for need in self.needs:
                         if isinstance(need, kind):
                             self._hear(need, rows, past)
+
+    def _ones(self, query: Tensor) -> Tensor:
+        """(B, L, d) a vector of ones, rotated to the position of every column of this forward."""
+        view, rotary = self.site.prompt.view, self.site.rotary
+        assert rotary is not None
+        cos, sin = (part.float().expand(query.shape[0], -1, -1) for part in rotary)
+        ones = torch.ones_like(query[:, :1], dtype=torch.float32)
+        return view.rotated(view.layers[self.number], ones, cos, sin)[:, 0]
 
     def _hear(self, need: Need, rows: Tensor, past: int = 0) -> None:
         assert self.site.prompt.flow is not None

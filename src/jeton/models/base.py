@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layout import Geometry
+from ..layout import Album, Geometry
 from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
@@ -377,8 +377,8 @@ class VisionLanguage(View):
         parts = [] if self.projector is None else self.projector.modules()
         return float(sum(2 * part.weight.numel() for part in parts if isinstance(part, nn.Linear)))
 
-    def between(self, length: int) -> float:
-        """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of
+    def between(self, length: int, album: Album) -> float:
+        """FLOPs of what stands between encoder and language model in the place of a projector, for these pictures in prompts of
         `length` tokens."""
         return 0.0
 
