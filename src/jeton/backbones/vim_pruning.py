@@ -18,14 +18,13 @@ from .vim import VimConfig, VimForImageClassification, Walk
 
 class PrunedVimConfig(VimConfig):
     """`ratio` of the patches that stay at each of `layers` (after those blocks; None: after 1/4, 1/2 and 3/4 of the depth).
-    `align`: the scan steps through the places of tokens that are gone. `align_conv`: so does the convolution, over zeros."""
+    `align`: what steps through the places of tokens that are gone: the "scan" alone, "all" (the convolution too), or "none"."""
 
     model_type = "jeton_pruned_vim"
 
     ratio: float = 0.7
     layers: list[int] | tuple[int, ...] | None = None
-    align: bool = True
-    align_conv: bool = False
+    align: str = "all"
 
     def __post_init__(self, **more: Any) -> None:
         super().__post_init__(**more)
@@ -37,8 +36,8 @@ class PrunedVimConfig(VimConfig):
         wrong = any(not 0 <= at < depth for at in self.layers) or any(b <= a for a, b in pairwise(self.layers))
         if wrong:
             raise ValueError(f"layers must list blocks of 0 to {depth - 1} in ascending order, got {self.layers!r}.")
-        if self.align_conv and not self.align:
-            raise ValueError("align_conv=True aligns the convolution with an aligned scan; it needs align=True.")
+        if self.align not in ("all", "scan", "none"):
+            raise ValueError(f'align must be "all", "scan" or "none", got {self.align!r}.')
 
     def patches(self, n: int) -> list[int]:
         """Patches of n on which each block runs."""
@@ -73,15 +72,27 @@ class PrunedVim(VimForImageClassification):
     Removing a token brings its neighbours together, which a scan, unlike attention, takes for what the picture is. Aligned, the
     scan goes on over the places of tokens that are gone as if they were zeros: h_t = exp((Δ_t + g Δ_0) A) h_{t-1} + Δ_t B_t x_t,
     where g is the number of places missing in front of token t in that direction, and Δ_0 = softplus(bias), the step size that a
-    zero would have. This is one more factor a token and no longer a scan; with `align=False` the tokens left are scanned as
-    neighbours. The convolution in front sees the tokens left as neighbours, or with `align_conv` zeros between them.
+    zero would have. This is one more factor a token and no longer scan. The convolution in front of the scan sees zeros at those
+    places; with `align="scan"` it takes the tokens left for neighbours, with "none" the scan does so too. On digits, not
+    fine-tuned, alignment gains only with the convolution aligned (see the recipe).
 
-    Weights are a Vim's, by the same names: `PrunedVim.from_pretrained(folder of a Vim, ratio=0.7)` prunes it as it is, and is
-    fine-tuned with the ordinary loss. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the layers and
+    Weights are a Vim's, by the same names: `PrunedVim.of(vim, ratio=0.7)` prunes one as it is, and is fine-tuned with the ordinary
+    loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the layers and
     the order of clipping and averaging are read from the text and from code by some of its authors on a sibling method.
     """
 
     config_class = PrunedVimConfig
+
+    @classmethod
+    def of(cls, vim: VimForImageClassification, **settings: Any) -> PrunedVim:
+        """A Vim with these settings of `PrunedVimConfig`. Weights are not copied: they are the given model's own."""
+        told = {**vim.config.to_dict(), **settings}
+        told.pop("model_type")
+        with torch.device("meta"):
+            new = cls(PrunedVimConfig(**told))
+        for name, part in (*vim.named_children(), *vim.named_parameters(recurse=False)):
+            setattr(new, name, part)
+        return new.train(vim.training)
 
     def reduce(self, layer: int, scanned: list[Tensor], index: Tensor) -> Reduction | None:
         if layer not in self.config.layers:
@@ -94,9 +105,9 @@ class PrunedVim(VimForImageClassification):
         return top_k(score, stay + 1)
 
     def walk(self, order: Tensor, at: Tensor, reduction: Reduction) -> Walk:
-        if reduction.is_identity or not self.config.align:
+        if reduction.is_identity or self.config.align == "none":
             return Walk(order)
-        return Walk(order, at, reduction.n, self.config.align_conv)
+        return Walk(order, at, reduction.n, zeros=self.config.align == "all")
 
 
 def importance(scanned: list[Tensor]) -> Tensor:

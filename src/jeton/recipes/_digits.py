@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..demo.digits import entropy, splits
 from ..measure.machine import describe
+from ..train import WEIGHTS, Loss, Recipe, load, train
 
 
 def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -14,3 +19,19 @@ def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     results = {**results, "machine": describe()}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+def fit(
+    model: nn.Module, out: Path, recipe: Recipe, loss: Loss = entropy, *, resume: bool, progress: bool, name: str
+) -> float:
+    """Train on the digits into a folder of its own, so that a recipe may train several models; one that was finished before is
+    read instead where the recipe is resumed. Returns the seconds it took."""
+    if resume and (out / WEIGHTS).exists() and not (out / "state").exists():
+        load(model, out).eval()
+        return float(json.loads((out / "history.json").read_text())["seconds"])
+    return train(model, splits()[0], loss, recipe, out=out, resume=resume, progress=progress, name=name).seconds
+
+
+def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over seeds of every number."""
+    return {key: round(sum(row[key] for row in rows) / len(rows), 4) for key in rows[0]}
