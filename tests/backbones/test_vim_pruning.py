@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy, silu
 from transformers import AutoModelForImageClassification, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-import tiny
 from jeton.backbones.vim import Mixer, VimConfig, VimForImageClassification, Walk, read_released
 from jeton.backbones.vim_pruning import PrunedVim, PrunedVimConfig, importance
 from jeton.recipes import vim_pruning as recipe
@@ -45,7 +44,9 @@ def test_one_direction_is_transformers_mamba_mixer():
     mine = Mixer(config)
     theirs = MambaMixer(MambaConfig(hidden_size=16, state_size=4, time_step_rank=1, num_hidden_layers=1), 0)
     state = {name.replace("directions.0.", ""): value for name, value in theirs.state_dict().items()}
-    rename = {name: name if "proj" in name and "x_" not in name and "dt_" not in name else f"directions.0.{name}" for name in state}
+    rename = {
+        name: name if "proj" in name and "x_" not in name and "dt_" not in name else f"directions.0.{name}" for name in state
+    }
     mine.load_state_dict({rename[name]: value for name, value in state.items()})
     x = torch.randn(2, 11, 16)
     torch.testing.assert_close(mine(x, [everything(11)])[0], theirs(x))

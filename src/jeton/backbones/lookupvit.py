@@ -103,7 +103,11 @@ class LookupBlock(nn.Module):
 
     def forward(self, lookup: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
         read = self.norm_lookup(lookup)
-        q, k, v = self._split(self.query(self.norm_compressed(compressed))), self._split(self.key(read)), self._split(self.value(read))
+        q, k, v = (
+            self._split(self.query(self.norm_compressed(compressed))),
+            self._split(self.key(read)),
+            self._split(self.value(read)),
+        )
         attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
         compressed = compressed + self.output(_join(attention @ v))
         compressed = self.refine(compressed)

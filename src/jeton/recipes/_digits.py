@@ -21,9 +21,7 @@ def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def fit(
-    model: nn.Module, out: Path, recipe: Recipe, loss: Loss = entropy, *, resume: bool, progress: bool, name: str
-) -> float:
+def fit(model: nn.Module, out: Path, recipe: Recipe, loss: Loss = entropy, *, resume: bool, progress: bool, name: str) -> float:
     """Train on the digits into a folder of its own, so that a recipe may train several models; one that was finished before is
     read instead where the recipe is resumed. Returns the seconds it took."""
     if resume and (out / WEIGHTS).exists() and not (out / "state").exists():

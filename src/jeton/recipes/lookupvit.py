@@ -42,4 +42,3 @@ def run(out: Path, resume: bool = False, progress: bool = True, seeds: Sequence[
     results = {"accuracy": mean(rows), "of each seed": dict(zip(map(str, seeds), rows)), "multiply-adds of a block": blocks}
     blocks["vit"] = 12 * 64 * 48**2 + 2 * 64**2 * 48
     return write(out, {**results, "seconds": round(seconds)})
-
