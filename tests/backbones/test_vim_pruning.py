@@ -15,7 +15,8 @@ from jeton.backbones.vim_pruning import PrunedVim, PrunedVimConfig, importance
 from jeton.recipes import vim_pruning as recipe
 
 SHAPE = {
-    "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4, "num_labels": 5,
+    "image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 4, "state_size": 4,
+    "num_labels": 5,
 }  # fmt: skip
 FOUR = ("forward", "backward", "down", "up")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +74,8 @@ class LookupViTConfig(ViTConfig):
 
 def block_macs(n: int, m: int, width: int, light: int = 2) -> int:
     """Multiply-adds of one block with n lookup and m compressed tokens: keys, values, light MLP and output of the lookup tokens;
-    gathering (queries times keys, rows times values) and scattering by the same matrix; query, output, value and a ViT block of the
-    compressed tokens."""
+    gathering (queries times keys, rows times values) and scattering by the same matrix; query, output, value and a ViT block
+    of the compressed tokens."""
     lookup = n * width * (3 * width + 2 * (width // light))
     return lookup + 3 * n * m * width + 15 * m * width**2 + 2 * m**2 * width
 
@@ -160,7 +160,7 @@ class LookupViT(PreTrainedModel):
     config_class = LookupViTConfig
     main_input_name = "pixel_values"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    _no_split_modules = ["LookupBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["LookupBlock"]
 
     def __init__(self, config: LookupViTConfig) -> None:
         super().__init__(config)
@@ -196,7 +196,7 @@ class LookupViT(PreTrainedModel):
         if isinstance(m, bool) or not isinstance(m, int) or m < 1:
             raise ValueError(f"compressed is the number of tokens on a side, a positive whole number, got {compressed!r}.")
         x = self.embed(self._cut(pixel_values))  # (B, T, rows, cols, D)
-        batch, times, rows, cols, width = x.shape
+        batch, times, rows, cols, _ = x.shape
         at = resize(self.positions, self.config.grid, (rows, cols))
         lookup = x.flatten(2, 3) + at[:, None]
         if self.times is not None:
@@ -222,8 +222,8 @@ class LookupViT(PreTrainedModel):
             pixels = pixels[:, None]
         if pixels.dim() != 5 or pixels.shape[1] != config.frames or pixels.shape[2] != config.num_channels:
             raise ValueError(
-                f"this LookupViT takes {config.frames} frame(s) of {config.num_channels} channel(s): pixel_values (B, C, H, W), or "
-                f"(B, frames, C, H, W) for videos; got {tuple(pixels.shape)}."
+                f"this LookupViT takes {config.frames} frame(s) of {config.num_channels} channel(s): pixel_values (B, C, H, W), "
+                f"or (B, frames, C, H, W) for videos; got {tuple(pixels.shape)}."
             )
         if pixels.shape[3] % patch or pixels.shape[4] % patch:
             raise ValueError(f"pictures of {pixels.shape[3]} x {pixels.shape[4]} pixels are not whole patches of {patch}.")
@@ -241,8 +241,8 @@ def resize(tokens: Tensor, rows: int, to: tuple[int, int]) -> Tensor:
 
 
 def multi_resolution(sizes: Sequence[int] = (3, 5, 7, 10)) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
-    """A loss for `jeton.train` on batches (pixels, labels): cross entropy with compressed tokens on a side drawn from `sizes`, the
-    same for a batch."""
+    """A loss for `jeton.train` on batches (pixels, labels): cross entropy with compressed tokens on a side drawn from `sizes`,
+    the same for a batch."""
     if not sizes:
         raise ValueError("multi_resolution needs at least one size, such as (3, 5, 7, 10).")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ SWINS = {"tiny": (96, (2, 2, 6, 2)), "small": (96, (2, 2, 18, 2)), "base": (128,
 class ReadingBlock(nn.Module):
     """x reads `context`: x <- [x +] g attention(norm(x), norm(context)), then x <- x + g' mlp(norm'(x)).
 
-    One norm serves both. `scale` is where the gains g and g' (C,) begin, None for none of them. A block on itself is an ordinary one.
+    One norm serves both. `scale` is where the gains g and g' (C,) begin, None for none of them. A block on itself is an ordinary
+    one.
     """
 
     def __init__(
@@ -237,19 +238,19 @@ class STViTOutput(ModelOutput):
 class STViT(PreTrainedModel):
     """A vision transformer whose later blocks run on S semantic tokens; `STSwin` is the same within windows.
 
-    `base` ordinary blocks on all N image tokens. Seeds are their maxima over a grid of s x s cells. Two generations refine them by
-    attention: first the seeds read themselves and the image tokens, then, learned tokens added, once more. All other blocks are
-    for the S tokens alone, and the head reads their mean (there is no class token). `pixel_values` (B, C, H, W) -> logits.
+    `base` ordinary blocks on all N image tokens. Seeds are their maxima over a grid of s x s cells. Two generations refine them
+    by attention: first the seeds read themselves and the image tokens, then, learned tokens added, once more. All other blocks
+    are for the S tokens alone, and the head reads their mean (there is no class token). `pixel_values` (B, C, H, W) -> logits.
 
-    With `recover` (STViT-R) the blocks behind the base form groups: an ordinary block, two generations, blocks on semantic tokens,
-    and one in which the image tokens read the semantic ones, which gives back the map of the original grid, for dense tasks.
+    With `recover` (STViT-R) the blocks behind the base form groups: an ordinary block, two generations, blocks on semantic
+    tokens, and one in which the image tokens read them, which gives back the map of the original grid, for dense tasks.
 
     This form's code was not published; pooling by maxima, the residual on and the split in thirds are this reading of the paper.
     """
 
     config_class = STViTConfig
     main_input_name = "pixel_values"
-    _no_split_modules = ["ReadingBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["ReadingBlock"]
 
     def __init__(self, config: STViTConfig) -> None:
         super().__init__(config)
@@ -355,9 +356,9 @@ class STSwinConfig(SwinConfig):
 class STSwin(SwinForImageClassification):
     """transformers' Swin with semantic tokens in its third stage, whose output is the map of image tokens, as every stage's.
 
-    A group of six blocks: Swin's own on image tokens, unshifted; seeds (3 x 3 maxima of every 7 x 7 window) read themselves and the
-    10 x 10 tokens around their window; the semantic tokens of all windows, one grid, read themselves and all image tokens; two
-    blocks among them; the image tokens read them. Attention of semantic tokens has no positions and no bias on q, k, v.
+    A group of six blocks: Swin's own on image tokens, unshifted; seeds (3 x 3 maxima of every 7 x 7 window) read themselves and
+    the 10 x 10 tokens around their window; the semantic tokens of all windows, one grid, read themselves and all image tokens;
+    two blocks among them; the image tokens read them. Attention of semantic tokens has no positions and no bias on q, k, v.
     """
 
     config_class = STSwinConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +76,9 @@ class VimConfig(PreTrainedConfig):
 class Walk:
     """How one direction goes over the tokens that are left.
 
-    order: (B, N) the tokens in the order of the scan. at: (B, N) their places in the scan of all tokens, ascending; None where the
-    scan takes no account of the tokens that are gone. total: tokens of the whole picture. zeros: the convolution in front of the
-    scan sees zeros at missing places, else the tokens that are left as neighbours.
+    order: (B, N) the tokens in the order of the scan. at: (B, N) their places in the scan of all tokens, ascending; None where
+    the scan takes no account of the tokens that are gone. total: tokens of the whole picture. zeros: the convolution in front of
+    the scan sees zeros at missing places, else the tokens that are left as neighbours.
     """
 
     order: Tensor
@@ -171,7 +171,7 @@ class VimForImageClassification(PreTrainedModel):
 
     config_class = VimConfig
     main_input_name = "pixel_values"
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__(config)

@@ -76,8 +76,8 @@ class PrunedVim(VimForImageClassification):
     places; with `align="scan"` it takes the tokens left for neighbours, with "none" the scan does so too. On digits, not
     fine-tuned, alignment gains only with the convolution aligned (see the recipe).
 
-    Weights are a Vim's, by the same names: `PrunedVim.of(vim, ratio=0.7)` prunes one as it is, and is fine-tuned with the ordinary
-    loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the layers and
+    Weights are a Vim's, by the same names: `PrunedVim.of(vim, ratio=0.7)` prunes one as it is, and is fine-tuned with the
+    ordinary loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the layers and
     the order of clipping and averaging are read from the text and from code by some of its authors on a sibling method.
     """
 

@@ -35,8 +35,8 @@ def selective_scan(
 def linear_scan(decay: Tensor, drive: Tensor, chunk: int | None = None) -> Tensor:
     """h_t = exp(decay_t) h_{t-1} + drive_t along dim 1 of two tensors (B, N, ...), from h = 0; decay <= 0.
 
-    All chunks of about sqrt(N) tokens run at once, each from zero; then what each hands to the next is carried through. Nothing is
-    divided by a decay, so long ones underflow to 0 and do no harm. The gradient is a scan from the other end.
+    All chunks of about sqrt(N) tokens run at once, each from zero; then what each hands to the next is carried through. Nothing
+    is divided by a decay, so long ones underflow to 0 and do no harm. The gradient is a scan from the other end.
     """
     states: Tensor = _Scan.apply(decay, drive, chunk or max(1, math.ceil(math.sqrt(drive.shape[1]))))
     return states
