@@ -72,13 +72,13 @@ class PrunedVim(VimForImageClassification):
     Removing a token brings its neighbours together, which a scan, unlike attention, takes for what the picture is. Aligned, the
     scan goes on over the places of tokens that are gone as if they were zeros: h_t = exp((Δ_t + g Δ_0) A) h_{t-1} + Δ_t B_t x_t,
     where g is the number of places missing in front of token t in that direction, and Δ_0 = softplus(bias), the step size that a
-    zero would have. This is one more factor a token and no longer scan. The convolution in front of the scan sees zeros at those
+    zero would have. This is one more factor for each token and no longer scan. The convolution in front of the scan sees zeros at those
     places; with `align="scan"` it takes the tokens left for neighbours, with "none" the scan does so too. On digits, not
     fine-tuned, alignment gains only with the convolution aligned (see the recipe).
 
     Weights are a Vim's, by the same names: `PrunedVim.of(vim, ratio=0.7)` prunes one as it is, and is fine-tuned with the
-    ordinary loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the layers and
-    the order of clipping and averaging are read from the text and from code by some of its authors on a sibling method.
+    ordinary loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the
+    layers and the order of clipping and averaging are read from the text and from code by some of its authors on a sibling method.
     """
 
     config_class = PrunedVimConfig
