@@ -30,6 +30,8 @@ def fit(model: nn.Module, out: Path, recipe: Recipe, loss: Loss = entropy, *, re
     return train(model, splits()[0], loss, recipe, out=out, resume=resume, progress=progress, name=name).seconds
 
 
-def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean over seeds of every number."""
-    return {key: round(sum(row[key] for row in rows) / len(rows), 4) for key in rows[0]}
+def over_seeds(seeds: Sequence[int], rows: Sequence[Mapping[str, float]]) -> dict[str, dict]:
+    """Accuracies of several seeds, a row each: their mean and themselves."""
+    mean = {key: round(sum(row[key] for row in rows) / len(rows), 4) for key in rows[0]}
+    each = {str(seed): {key: round(value, 4) for key, value in row.items()} for seed, row in zip(seeds, rows, strict=True)}
+    return {"accuracy": mean, "of each seed": each}

@@ -13,7 +13,7 @@ import torch
 from ..backbones.lookupvit import LookupViT, LookupViTConfig, block_macs, multi_resolution
 from ..demo.digits import accuracy, splits
 from ..train import Recipe
-from ._digits import fit, mean, write
+from ._digits import fit, over_seeds, write
 
 SIZES = (3, 5, 7)
 RECIPE = Recipe(steps=440, rate=2e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.999))
@@ -39,6 +39,5 @@ def run(out: Path, resume: bool = False, progress: bool = True, seeds: Sequence[
         model = LookupViT.from_pretrained(folder)
         rows.append({f"{m} x {m}": accuracy(partial(model, compressed=m), unseen) for m in SIZES})
     blocks = {f"{m} x {m}": block_macs(64, m * m, 48) for m in SIZES}
-    results = {"accuracy": mean(rows), "of each seed": dict(zip(map(str, seeds), rows)), "multiply-adds of a block": blocks}
     blocks["vit"] = 12 * 64 * 48**2 + 2 * 64**2 * 48
-    return write(out, {**results, "seconds": round(seconds)})
+    return write(out, {**over_seeds(seeds, rows), "multiply-adds of a block": blocks, "seconds": round(seconds)})

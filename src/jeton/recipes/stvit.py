@@ -13,7 +13,7 @@ from ..backbones.stvit import STViT, STViTConfig
 from ..demo.digits import accuracy, splits, untrained
 from ..measure.counts import count
 from ..train import Recipe
-from ._digits import fit, mean, write
+from ._digits import fit, over_seeds, write
 
 RECIPE = Recipe(steps=440, rate=2e-3, batch=64, warmup=0.3, decay=0.05, betas=(0.9, 0.999))
 
@@ -40,5 +40,4 @@ def run(out: Path, resume: bool = False, progress: bool = True, seeds: Sequence[
         rows.append(row)
     x = torch.zeros(1, 1, 8, 8)
     macs = {"full": count(untrained(), pixel_values=x).macs, "9 semantic tokens": count(make(0), x).macs}
-    results = {"accuracy": mean(rows), "of each seed": dict(zip(map(str, seeds), rows)), "multiply-adds": macs}
-    return write(out, {**results, "seconds": round(seconds)})
+    return write(out, {**over_seeds(seeds, rows), "multiply-adds": macs, "seconds": round(seconds)})

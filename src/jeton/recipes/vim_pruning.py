@@ -1,4 +1,10 @@
-"""A small Vim on the digits, pruned as it is, and fine-tuned at half of its patches."""
+"""A small Vim on the digits, pruned as it is, and fine-tuned at half of its patches.
+
+Three seeds, each 330 steps and 66 more of fine-tuning, took 340 s of processor time on one core (measuring included) and 1 GB.
+All 65 tokens: 0.953 of the held-out digits are right. Of the patches 0.9, 0.8, 0.7, 0.6 and 0.5 kept behind each of three
+blocks, without training: 0.855, 0.724, 0.636, 0.580 and 0.549 aligned, 0.788, 0.629, 0.506, 0.432 and 0.368 with the tokens left
+as neighbours; the scan alone aligned, 0.773, 0.617, 0.500, 0.417 and 0.366, gains nothing. Fine-tuned at 0.5: 0.831.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from ..backbones.vim import VimConfig, VimForImageClassification
 from ..backbones.vim_pruning import PrunedVim
 from ..demo.digits import accuracy, splits
 from ..train import Recipe
-from ._digits import fit, mean, write
+from ._digits import fit, over_seeds, write
 
 RECIPE = Recipe(steps=330, rate=4e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.999))
 TUNED = Recipe(steps=66, rate=1e-3, batch=64, decay=0.05, betas=(0.9, 0.999))
@@ -46,5 +52,4 @@ def run(out: Path, resume: bool = False, progress: bool = True, seeds: Sequence[
         row["0.5, fine-tuned"] = accuracy(PrunedVim.from_pretrained(out / f"pruned-{seed}"), unseen)
         rows.append(row)
     patches = {str(ratio): PrunedVim.of(vim, ratio=ratio).config.patches(64) for ratio in RATIOS}
-    results = {"accuracy": mean(rows), "of each seed": dict(zip(map(str, seeds), rows)), "patches of each block": patches}
-    return write(out, {**results, "seconds": round(seconds)})
+    return write(out, {**over_seeds(seeds, rows), "patches of each block": patches, "seconds": round(seconds)})
