@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -28,5 +29,6 @@ def modules(name: str, shape: Shape = TINY) -> nn.Module:
 
 @cache
 def weights(name: str) -> str:
-    """The same as a file."""
-    return str(save(modules(name), get(name, keep=1.0), TINY, _FOLDER.name))
+    """The same as a file, for the largest pictures."""
+    shape = replace(TINY, patches=400)
+    return str(save(modules(name, shape), get(name, keep=1.0), shape, _FOLDER.name))

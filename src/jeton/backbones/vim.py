@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -76,17 +77,23 @@ class VimConfig(PreTrainedConfig):
 class Walk:
     """How one direction goes over the tokens that are left.
 
-    order: (B, N) the tokens in the order of the scan. at: (B, N) their places in the scan of all tokens, ascending; None where
-    the scan takes no account of the tokens that are gone. total: tokens of the whole picture. zeros: the convolution in front of
-    the scan sees zeros at missing places, else the tokens that are left as neighbours.
+    order: (B, N) the tokens in the order of the scan, back: (B, N) the way back from it; None where they stand so.
+    at: (B, N) their places in the scan of all tokens, ascending; None where the scan takes no account of the tokens that are gone.
+    total: tokens of the whole picture. zeros: the convolution in front of the scan sees zeros at missing places, else the tokens
+    that are left as neighbours.
     """
 
-    order: Tensor
+    order: Tensor | None = None
+    back: Tensor | None = None
     at: Tensor | None = None
     total: int = 0
     zeros: bool = False
 
-    @property
+    @classmethod
+    def along(cls, order: Tensor) -> Walk:
+        return cls(order, order.argsort(1))
+
+    @cached_property
     def missing(self) -> Tensor | None:
         """(B, N) how many tokens are gone between each token and the one in front of it (the first finds no states to decay)."""
         return None if self.at is None else F.pad(self.at.diff(dim=1) - 1, (1, 0))
@@ -107,14 +114,13 @@ class Direction(nn.Module):
 
     def forward(self, x: Tensor, walk: Walk) -> Tensor:
         """(B, N, E) to what the scan says of each token, both as tokens stand."""
-        x = F.silu(self._convolved(gather(x, walk.order), walk))
+        x = F.silu(self._convolved(x if walk.order is None else gather(x, walk.order), walk))
         rank, b, c = self.x_proj(x).split([self.rank, self.states, self.states], -1)
         idle, missing = None, walk.missing
         if missing is not None:  # a token that is gone takes the time that a token of zeros would
             idle = missing[..., None] * F.softplus(self.dt_proj.bias.float())
         y = selective_scan(x, F.softplus(self.dt_proj(rank)), -self.A_log.float().exp(), b, c, self.D, idle)
-        back = walk.order.argsort(1)
-        return gather(y, back)
+        return y if walk.back is None else gather(y, walk.back)
 
     def _convolved(self, x: Tensor, walk: Walk) -> Tensor:
         full = walk.at if walk.zeros else None
@@ -245,12 +251,16 @@ class VimForImageClassification(PreTrainedModel):
         walks = []
         for name in self.config.directions:
             places = self.places(name, index)
-            order = places.argsort(1)
-            walks.append(self.walk(order, places.gather(1, order), reduction))
+            if name == "forward":  # tokens always stand so
+                walks.append(self.aligned(Walk(), places, reduction))
+            else:
+                order = places.argsort(1)
+                walks.append(self.aligned(Walk.along(order), places.gather(1, order), reduction))
         return walks
 
-    def walk(self, order: Tensor, at: Tensor, reduction: Reduction) -> Walk:
-        return Walk(order)
+    def aligned(self, walk: Walk, at: Tensor, reduction: Reduction) -> Walk:
+        """A walk over tokens that are left, of places `at` (B, N) in the scan of all; by default these do not matter."""
+        return walk
 
     def places(self, direction: str, index: Tensor) -> Tensor:
         """Where tokens of original places `index` stand in the scan of all tokens in one direction."""
@@ -259,7 +269,7 @@ class VimForImageClassification(PreTrainedModel):
         if direction in ("down", "up"):
             places = (places % grid) * grid + places // grid
         places = places + (places >= middle).long()
-        places = torch.cat([places[:middle], places.new_tensor([middle]), places[middle:]])
+        places = torch.cat([places[:middle], places.new_full((1,), middle), places[middle:]])
         if direction in ("backward", "up"):
             places = grid * grid - places
         return places[index]

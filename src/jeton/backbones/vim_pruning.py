@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -72,13 +73,13 @@ class PrunedVim(VimForImageClassification):
     Removing a token brings its neighbours together, which a scan, unlike attention, takes for what the picture is. Aligned, the
     scan goes on over the places of tokens that are gone as if they were zeros: h_t = exp((Δ_t + g Δ_0) A) h_{t-1} + Δ_t B_t x_t,
     where g is the number of places missing in front of token t in that direction, and Δ_0 = softplus(bias), the step size that a
-    zero would have. This is one more factor for each token and no longer scan. The convolution in front of the scan sees zeros at those
-    places; with `align="scan"` it takes the tokens left for neighbours, with "none" the scan does so too. On digits, not
-    fine-tuned, alignment gains only with the convolution aligned (see the recipe).
+    zero would have. This is one more factor for each token and no longer scan. The convolution in front of the scan sees zeros
+    at those places; with `align="scan"` it takes the tokens left for neighbours, with "none" the scan does so too. On digits,
+    not fine-tuned, alignment gains only with the convolution aligned (see the recipe).
 
     Weights are a Vim's, by the same names: `PrunedVim.of(vim, ratio=0.7)` prunes one as it is, and is fine-tuned with the
     ordinary loss and saved with its settings. At ratio 1 it is that Vim. No code of the paper's method was published: Δ_0, the
-    layers and the order of clipping and averaging are read from the text and from code by some of its authors on a sibling method.
+    layers and the order of clipping and averaging are read from the text and from its authors' code of a sibling method.
     """
 
     config_class = PrunedVimConfig
@@ -104,10 +105,10 @@ class PrunedVim(VimForImageClassification):
         score = importance(scanned).masked_fill(index == self.config.middle, torch.inf)
         return top_k(score, stay + 1)
 
-    def walk(self, order: Tensor, at: Tensor, reduction: Reduction) -> Walk:
+    def aligned(self, walk: Walk, at: Tensor, reduction: Reduction) -> Walk:
         if reduction.is_identity or self.config.align == "none":
-            return Walk(order)
-        return Walk(order, at, reduction.n, zeros=self.config.align == "all")
+            return walk
+        return replace(walk, at=at, total=reduction.n, zeros=self.config.align == "all")
 
 
 def importance(scanned: list[Tensor]) -> Tensor:

@@ -46,7 +46,7 @@ class SiT(Learned):
     The presets are the stages of the LV-ViT models. `keep` sets the number left at last instead, by the same share at each stage.
     `weights` are the trained slots. Their number belongs to the weights, not the number of patches: pictures of other sizes work
     as long as they ask for no more slots than there are; who asks for fewer gets the first ones. Slots have no place in the
-    picture: in a row they stand for evenly spaced patches.
+    picture: they stand where evenly spaced patches stood, and other patches count as theirs in whom they weigh most.
     """
 
     site = "block"
@@ -98,8 +98,8 @@ class SiT(Learned):
         scores = read(signals, "learned", "sit", "its trained slots")[self.stage](tokens.features[:, prefix:])
         if scores.shape[-1] < k:
             raise ValueError(
-                f"sit is to keep {k} of {patches} patches, but its weights have {scores.shape[-1]} slots here; keep fewer, or train "
-                "it for this budget."
+                f"sit is to keep {k} of {patches} patches, but its weights have {scores.shape[-1]} slots here; keep fewer, or "
+                "train it for this budget."
             )
         scores = scores[..., :k].transpose(1, 2)
         slot, one = torch.arange(k, device=tokens.device), torch.eye(k, patches, device=tokens.device)
@@ -111,10 +111,11 @@ class SiT(Learned):
             seen = mask[:, None, prefix:]
             matrix = torch.where(seen, scores, torch.finfo(scores.dtype).min).softmax(-1) * seen
             matrix = torch.where((left >= real)[..., None], one, matrix) * (slot < left)[..., None]
-        # slots have no place: evenly spaced patches represent them
+        # slots have no place: evenly spaced patches represent them, and count as theirs
+        made = None if mask is None else slot < left
         index = ((2 * slot + 1) * real // (2 * left).clamp(min=1)).clamp(max=patches - 1).expand(b, -1)
-        assign = matrix.argmax(1).masked_fill(matrix.amax(1) == 0, -1)
-        made = None if mask is None else (slot < left)
+        own = Reduction.keep(index, patches, made).assign
+        assign = torch.where(own < 0, matrix.argmax(1).masked_fill(matrix.amax(1) == 0, -1), own)
         return _behind(prefix, Reduction(index, assign, matrix=matrix, mask=made))
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
@@ -152,8 +153,8 @@ class SiT(Learned):
             return sorted({max(1, depth * part // 4) - 1 for part in (1, 2, 3)})
         if max(self.locations) >= depth:
             raise ValueError(
-                f"sit(locations={self.locations}) acts behind block {max(self.locations)}, but there are only {depth} blocks; use "
-                f"blocks 0 to {depth - 1}, or locations=None."
+                f"sit(locations={self.locations}) acts behind block {max(self.locations)}, but there are only {depth} blocks; "
+                f"use blocks 0 to {depth - 1}, or locations=None."
             )
         return sorted(set(self.locations))
 
