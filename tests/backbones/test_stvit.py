@@ -20,7 +20,6 @@ from jeton.backbones.stvit import (
     regions,
     seeds,
 )
-from jeton.demo.digits import untrained
 from jeton.measure.counts import count
 from jeton.recipes import stvit as recipe
 
@@ -228,7 +227,7 @@ def test_bad_settings_are_refused():
 
 def test_the_small_model_of_the_recipe_costs_less_than_half_of_the_full_one():
     x = torch.zeros(1, 1, 8, 8)
-    assert count(recipe.make(0), x).macs <= 0.45 * count(untrained(), pixel_values=x).macs
+    assert count(recipe.make(0), x).macs <= 0.45 * count(recipe.full(0), pixel_values=x).macs
 
 
 @pytest.mark.slow
