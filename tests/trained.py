@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -17,10 +18,10 @@ _FOLDER = tempfile.TemporaryDirectory()
 
 
 def modules(name: str, shape: Shape = TINY) -> nn.Module:
-    """What a method would have learned."""
+    """What a method would have learned; where that depends on a budget, for the largest."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = get(name).build(shape)
+        made = get(name, keep=1.0).build(shape)
         for weight in made.parameters():
             nn.init.normal_(weight, std=0.5)
     return made.requires_grad_(False).eval()
@@ -28,5 +29,6 @@ def modules(name: str, shape: Shape = TINY) -> nn.Module:
 
 @cache
 def weights(name: str) -> str:
-    """The same as a file."""
-    return str(save(modules(name), get(name), TINY, _FOLDER.name))
+    """The same as a file, for the largest pictures."""
+    shape = replace(TINY, patches=400)
+    return str(save(modules(name, shape), get(name, keep=1.0), shape, _FOLDER.name))

@@ -1,7 +1,7 @@
 """Methods that are trained: the modules they own, how these are built for an encoder, and their weights on disk.
 
 At inference a learned method is a method like any other: it finds its modules among its signals and returns a `Reduction`. In
-training tokens stay, and it says instead with which weight each is seen (`soften`).
+training tokens stay, and it says instead with which weight each is seen (`soften`), unless its matrix is differentiable itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,8 +38,12 @@ class Learned(Method):
 
     `build` makes the modules; a method that cannot decide without them asks for `Trained` in `needs` and finds them, always in
     float32, as ``signals["learned"]``. `weights` names trained ones: the file, or the folder with ``<id>.safetensors`` in it.
+
+    `masking` says how it is trained: tokens stay and are masked by `soften`; or, where false, by `reduce` as it stands, whose
+    matrix carries gradients itself.
     """
 
+    masking: ClassVar[bool] = True
     weights: str | None = None
 
     def __post_init__(self) -> None:

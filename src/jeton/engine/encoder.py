@@ -333,7 +333,7 @@ class EncoderSite:
         tokens = self.tokens(x)
         listener = self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
-        if self.run.train:
+        if self.run.train and step.masking:  # type: ignore[attr-defined]
             return self._soften(method, step, tokens, signals)
         if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
             quota = self._quota(number, method)
