@@ -291,6 +291,12 @@ class Run:
                 f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
             )
+        layers = getattr(getattr(self.view.model, "config", None), "vision_feature_layer", None)
+        if self.restore and isinstance(layers, list | tuple) and len(layers) > 1:
+            raise Unsupported(
+                f"{type(self.model).__name__} hands on features of several encoder blocks, but patches are restored behind the "
+                f"last of them alone; leave out restore=True and methods inside the encoder."
+            )
         if finishing and self.restore:
             raise Unsupported(f"{finishing[0].card.id} hands on tokens of its own, from which no patch can be restored.")
         self.encoder.check(self.model)
