@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layout import Album
 from ..learned import Learned
-from ..method import Method
+from ..method import Method, Unsupported
 from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
@@ -53,7 +53,7 @@ class EncoderSite:
         self.run, self.encoder, self.depth, self.alone = run, encoder, depth, alone
         droppers = [m for m in methods if m.site == "pixels" and not m.resizes]
         self.pixels = [m for m in methods if m.site == "pixels" and m.resizes]
-        self.stepped = [m for m in methods if m.site == "block"]
+        self.stepped = [m for m in methods if m.site in ("block", "attention")]
         if not encoder.packed:  # patches leave in front of block 0; those of a packed encoder have left before it runs
             self.stepped = droppers + self.stepped
         self.only: Tensor | None = None
@@ -91,6 +91,7 @@ class EncoderSite:
         self.memory: Tensor | None = None
         self.policy: Tensor | None = None
         self.softened: list[Tokens] = []
+        self.imitated: list[Tensor] = []
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
@@ -264,10 +265,17 @@ class EncoderSite:
             plans, count = [], patches
             for method in self.stepped:
                 self.run.check_keep(method, count)
-                plans.append((method, method.steps(count, self.depth)))
+                plans.append((method, self._steps(method, count)))
                 count = method.promise(count, self.depth).count
             self._plans[patches] = plans
         return self._plans[patches]
+
+    def _steps(self, method: Method, count: int) -> list[Method | None]:
+        return (
+            method.lessons(count, self.depth)
+            if self.run.train and isinstance(method, Learned)
+            else method.steps(count, self.depth)
+        )
 
     def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
         parts = self.encoder.parts(block)
@@ -297,6 +305,16 @@ class EncoderSite:
             if step is not None and method.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
         self.listeners[number].here = asked
+        self._look_away(number, x)
+
+    def _look_away(self, number: int, x: Tensor) -> None:
+        """Tell the block's listener which method says what its queries see."""
+        masks: list[tuple[Learned, dict[str, Any]]] = []
+        for method, steps in self.plan(self._start):
+            step = steps[number] if number < len(steps) else None
+            if method.site == "attention" and isinstance(step, Learned):
+                masks.append((step, {"learned": self.run.modules_of(method)}))
+        self.listeners[number].masks = masks
 
     def _started(self, x: Tensor) -> int:
         self._start = x.shape[1] - self.encoder.prefix
@@ -312,10 +330,10 @@ class EncoderSite:
         return x
 
     def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
-        tokens = self._tokens(x)
+        tokens = self.tokens(x)
         listener = self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
-        if self.run.train:
+        if self.run.train and step.masking:  # type: ignore[attr-defined]
             return self._soften(method, step, tokens, signals)
         if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
             quota = self._quota(number, method)
@@ -333,7 +351,7 @@ class EncoderSite:
             self.variance = self.variance.gather(1, reduction.index)
         return after.features
 
-    def _tokens(self, x: Tensor) -> Tokens:
+    def tokens(self, x: Tensor) -> Tokens:
         place, index = self.place, None if self.reduction is None else self.reduction.index
         if place is not None and index is not None:
             place = place.gather(index)
@@ -356,11 +374,26 @@ class EncoderSite:
         """Behind the last block: what a method hands on in place of the tokens that are left."""
         for method in self.stepped:
             if method.finishes:
-                after = method.finish(self._tokens(x))
+                after = method.finish(self.tokens(x))
                 self.reduction, self.mask = None, self.start_mask
                 self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
                 x = after.features
-        return x
+        return self._full(x) if self.run.restore and self.reduction is not None else x
+
+    def _full(self, x: Tensor) -> Tensor:
+        """Every patch of the pictures again, with the features of the token it went to."""
+        assert self.reduction is not None
+        with self.run.clock.measure("selection"):
+            restored = self.reduction.restore(self._tokens(x))
+            lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
+            if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
+                raise Unsupported(
+                    f"{self.run.spec} drops patches inside the encoder, so there is nothing to restore them from; use a method "
+                    f"that merges, e.g. tome, pitome or dymu, or leave out restore=True."
+                )
+        self.reduction, self.mask, self.variance = None, self.start_mask, None
+        self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+        return restored.features
 
     def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
         if isinstance(need, Trained):
@@ -429,7 +462,8 @@ class EncoderSite:
         value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
         at = self.records_at[need]
         if at is not None:
-            value = _spread(value, at.index, self.patches + self.encoder.prefix)
+            n = self.patches + self.encoder.prefix
+            value = gather(value, at.assign.clamp(min=0)) if self.run.restore else _spread(value, at.index, n)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
     @property
@@ -445,8 +479,19 @@ class _Listener(Listener):
         self.late: set[Need] = set()
         self.here: set[Need] = set()
         self.now: dict[Need, Tensor] = {}
+        self.masks: list[tuple[Learned, dict[str, Any]]] = []
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        bias = self._per_key(query, key)
+        for step, signals in self.masks:
+            with self.site.run.clock.measure("selection"):
+                seen = step.sight(query, key, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
+            if seen is not None:
+                hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+                bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def _per_key(self, query: Tensor, key: Tensor) -> Tensor | None:
         site = self.site
         bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
         if site.mask is not None and site.reduction is not None:
@@ -456,6 +501,10 @@ class _Listener(Listener):
         return bias
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        if self.site.run.train:
+            for step, signals in self.masks:
+                part = step.imitated(query, key, scale, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
+                self.site.imitated += [] if part is None else [part]
         if not self.here and not self.late:
             return
         if self.site.policy is not None:  # in training signals are read as if masked tokens had left

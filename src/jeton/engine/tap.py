@@ -27,7 +27,7 @@ class Listener:
     """What a tapped attention module answers to; a module may have several."""
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """A (B, 1, 1, N) additive bias per key, or None."""
+        """An additive bias (B, 1, 1, N) per key or (B, H, N, N) per pair, or None."""
         return None
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:

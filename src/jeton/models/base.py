@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layout import Geometry
+from ..layout import Album, Geometry
 from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
@@ -237,7 +237,8 @@ class VisionLanguage(View):
     methods of the site encoder act on what comes out. rotary_rows: rows of the position ids. told_by_prompt: only
     the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the tokens of one image;
     it is text to the model, and stays. deepstack: the decoder's argument with features that are added to visual tokens behind its
-    first layers, and its method that adds them.
+    first layers, and its method that adds them. masked_above: `base` makes the attention masks, so that some tokens see those
+    behind them. needed: arguments without which it does not know which ones.
     """
 
     projector: nn.Module | None = None
@@ -246,6 +247,8 @@ class VisionLanguage(View):
     told_by_prompt: bool = False
     marks: str = ""
     deepstack: tuple[str, str] | None = None
+    masked_above: bool = False
+    needed: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -286,6 +289,7 @@ class VisionLanguage(View):
         return turned
 
     def _rotate(self, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+        """How a layer turns queries and keys: f(q, k, cos, sin)."""
         rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(self.attention(layer)).__module__].apply_rotary_pos_emb
         return rotate
 
@@ -295,14 +299,17 @@ class VisionLanguage(View):
         shape = (*normed.shape[:-1], -1, attention.head_dim)
         k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
         k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         k = k.transpose(1, 2)
-        return rotate(k, k, cos, sin)[1], v.transpose(1, 2)
+        return self._rotate(layer)(k, k, cos, sin)[1], v.transpose(1, 2)
 
     def parts(self, layer: nn.Module) -> Parts:
-        """The pieces of a pre-norm decoder layer."""
+        """The pieces of a pre-norm decoder layer, which may norm what its halves add too (`scale1`, `scale2`)."""
         names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-        if any(not hasattr(layer, name) for name in names) or hasattr(layer, "post_feedforward_layernorm"):
+        after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        if all(hasattr(layer, name) for name in (*names, *after)):
+            norm1, attention, scale1, mlp, norm2, scale2 = (getattr(layer, name) for name in (*names, *after))
+            return Parts(norm1, attention, norm2, mlp, scale1=scale1, scale2=scale2)
+        if any(not hasattr(layer, name) for name in names) or any(hasattr(layer, name) for name in after):
             raise Unsupported(
                 f"{self.name} has decoder layers of its own kind ({type(layer).__name__}), whose halves jeton cannot tell apart; "
                 f"use a method that only removes tokens, e.g. fastv."
@@ -311,7 +318,7 @@ class VisionLanguage(View):
 
     def gated(self, layer: nn.Module) -> Gated:
         """The pieces of a layer's gated MLP."""
-        mlp = self.parts(layer).mlp
+        mlp = getattr(layer, "mlp", None)
         names = ("gate_proj", "up_proj", "down_proj", "act_fn")
         if any(not hasattr(mlp, name) for name in names):
             raise Unsupported(
@@ -323,6 +330,17 @@ class VisionLanguage(View):
     @property
     def rotary(self) -> nn.Module:
         return self.decoder.rotary_emb
+
+    def softcap(self, layer: nn.Module) -> float | None:
+        """Where a layer bends its attention's logits, the number they stay below."""
+        return None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether layers of the language model see a window of columns only, all of them or some."""
+        config = self.decoder.config
+        kinds = getattr(config, "layer_types", None)
+        return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
     @property
     def checkpointing(self) -> bool:
@@ -359,8 +377,8 @@ class VisionLanguage(View):
         parts = [] if self.projector is None else self.projector.modules()
         return float(sum(2 * part.weight.numel() for part in parts if isinstance(part, nn.Linear)))
 
-    def between(self, length: int) -> float:
-        """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of
+    def between(self, length: int, album: Album) -> float:
+        """FLOPs of what stands between encoder and language model in the place of a projector, for these pictures in prompts of
         `length` tokens."""
         return 0.0
 
@@ -373,10 +391,11 @@ class VisionLanguage(View):
 
 
 class Registry:
-    """Views by the class name of the transformers model they fit."""
+    """Views by the class name of the transformers model they fit; refused: why there can be none for a model, and what to do."""
 
     encoders: ClassVar[dict[str, type[Encoder]]] = {}
     models: ClassVar[dict[str, type[VisionLanguage]]] = {}
+    refused: ClassVar[dict[str, str]] = {}
 
 
 V = TypeVar("V", bound=type)
@@ -401,6 +420,8 @@ def adapt(model: nn.Module) -> Encoder | VisionLanguage:
             return Registry.models[name](candidate)
         if name in Registry.encoders:
             return Registry.encoders[name](candidate)
+        if name in Registry.refused:
+            raise Unsupported(f"{name} {Registry.refused[name]}")
     known = ", ".join(sorted([*Registry.models, *Registry.encoders]))
     raise Unsupported(
         f"jeton has no adapter for {type(model).__name__}. It knows {known}; adding a family is one small file in jeton/models."
