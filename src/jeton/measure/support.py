@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +59,23 @@ class Support:
         return {"model": self.model, "methods": rows}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.works)} of {len(self.verdicts)} methods work"]
-        lines += [f"  {spec}" for spec in self.works]
-        lines += [] if not self.refused else ["and not", *(f"  {reason}" for reason in self.refused.values())]
+        """What works, then each reason once, as the first method it holds for has it."""
+        lines = [f"{self.model}: {len(self.works)} of {len(self.verdicts)} methods work", *_wrapped("", self.works)]
+        whys: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            if not verdict.works:
+                whys.setdefault(_nameless(verdict, (self.model,)), []).append(verdict)
+        for first, *others in whys.values():
+            lines += ["", first.reason, *_wrapped("The same: ", [one.method for one in others])]
         return "\n".join(lines)
+
+
+def _wrapped(begin: str, names: Sequence[str]) -> list[str]:
+    return (
+        textwrap.wrap(begin + ", ".join(names), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        if names
+        else []
+    )
 
 
 def supports(model: str | Path | nn.Module) -> Support:
