@@ -624,7 +624,7 @@ class _Ahead:
     mask: Tensor | None
     reduction: Reduction | None = None
 
-    def attend(self, attention: Attention, value: Tensor) -> Tensor:
+    def attend(self, original: Attention, value: Tensor) -> Tensor:
         """(B, K, H, d) the map A of the N tokens there were, fused as they were, times the values (B, H, K, d) of those there are.
 
         Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
@@ -633,7 +633,7 @@ class _Ahead:
         assert self.reduction is not None
         each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
         each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
-        return self.reduction.mix(attention(self.query, self.key, each, self.mask)[0])
+        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
 
 
 # the usual names of an attention module's projections

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..method import Budget, Method, Promise, Signals, Undo, check_keep, register
-from ..ops.budget import count, counts
+from ..ops.budget import count, shares, unit_sizes
 from ..ops.clustering import reconstruction, superpixels
-from ..ops.grid import boxes, fit, fitted
+from ..ops.grid import Boxes, boxes, fit, fitted
 from ..ops.resize import adaptive
 from ..place import Place
 from ..tokens import Reduction, Tokens
@@ -82,25 +82,32 @@ class ELViT(Method):
             grid = fitted(count(self.keep, n), *place.shape)
             rows, cols, k = torch.full_like(box.height, grid[0]), torch.full_like(box.width, grid[1]), grid[0] * grid[1]
         else:
-            rows, cols = fit(counts(self.keep, real.sum(1, keepdim=True)), box.height, box.width)
+            share = shares(self.keep, "image", unit_sizes(place.unit, place.units, mask))
+            rows, cols = (x.masked_fill(share == 0, 0) for x in fit(share, box.height, box.width))
             k = count(self.keep, n)
         first = adaptive(place, rows, cols, k, mask)
-        cell, own = torch.arange(k, device=x.device), first.assign >= 0
-        down = (place.row - box.top) * rows // box.height, cell // cols
-        across = (place.col - box.left) * cols // box.width, cell % cols
-        reach = self.window // 2
-        near = first.real[:, :, None] & own[:, None]
-        for of_token, of_cell in (down, across):
-            near = near & ((of_token[:, None] - of_cell[:, :, None]).abs() <= reach)
+        own = first.assign >= 0
         x = x.masked_fill(~own[..., None], 0)
+        near = self._near(place, box, rows, cols, first.index) & first.real[:, :, None] & own[:, None]
         matrix, centres = superpixels(x, first.dense, near, self.tau, self.iterations)
         back = reconstruction(x, centres, self.tau, self.neighbours, self.norm, first.real)
-        stays = rows * cols == real.sum(1, keepdim=True)  # a small picture keeps what it has
-        same = first.index[..., None] == torch.arange(n, device=x.device)
-        matrix = torch.where(stays[..., None], (same & first.real[..., None]).float(), matrix)
-        back = torch.where(stays[..., None], (same & first.real[..., None]).float().mT, back)
-        assign = torch.where(own, matrix.argmax(1), -1)
-        return Reduction(first.index, assign, matrix=matrix, mask=None if whole else first.mask, back=back)
+        stays = (rows * cols).sum(1, keepdim=True) == real.sum(1, keepdim=True)  # a small picture keeps what it has
+        same = ((first.index[..., None] == torch.arange(n, device=x.device)) & first.real[..., None]).float()
+        matrix, back = torch.where(stays[..., None], same, matrix), torch.where(stays[..., None], same.mT, back)
+        # for pictures each token belongs to the cell it stands in
+        return Reduction(first.index, first.assign, matrix=matrix, mask=None if whole else first.mask, back=back)
+
+    def _near(self, place: Place, box: Boxes, rows: Tensor, cols: Tensor, index: Tensor) -> Tensor:
+        """(B, K, N) which centres, represented by the tokens at `index` (B, K), each token may belong to."""
+        unit = place.unit.clamp(min=0)
+        reach, centre = self.window // 2, unit.gather(1, index)
+        near = centre[:, :, None] == unit[:, None]
+        for at, start, length, parts in ((place.row, box.top, box.height, rows), (place.col, box.left, box.width, cols)):
+            of_token = (at - start.gather(1, unit)) * parts.gather(1, unit) // length.gather(1, unit)
+            middle = 2 * (at.gather(1, index) - start.gather(1, centre)) + 1
+            of_centre = middle * parts.gather(1, centre) // (2 * length.gather(1, centre))
+            near = near & ((of_token[:, None] - of_centre[:, :, None]).abs() <= reach)
+        return near
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         steps: list[Method | None] = [None] * depth

@@ -99,6 +99,8 @@ class MCTF(Method):
         result = Reduction.identity(tokens.features.shape[0], len(tokens), tokens.device, tokens.prefix)
         for number, goal in enumerate(goals):
             now, r = len(tokens) - tokens.prefix, None
+            if now < 2:
+                continue
             if left is not None:
                 real = tokens.count()[:, None] - tokens.prefix
                 r = torch.minimum(real - left, real // 2).clamp(min=0)
@@ -174,7 +176,10 @@ class MCTF(Method):
         if tokens.mask is not None:
             into = into.masked_fill(~tokens.mask, -1)
         step = merge(into, goal + tokens.prefix, self._weight(tokens, paid), prefix=tokens.prefix, ragged=tokens.mask is not None)
-        key = self._listing(tokens, pairs, turn, staying).gather(1, step.index)
+        key = self._listing(tokens, pairs, turn, staying)
+        if isinstance(r, Tensor):  # a row in which nothing goes keeps its listing, as it would alone
+            key = torch.where(r > 0, key, pairs.place)
+        key = key.gather(1, step.index)
         if step.mask is not None:
             key = key.masked_fill(~step.mask, 4 * n)
         return replace(step, order=key.argsort(dim=1, stable=True).argsort(dim=1))

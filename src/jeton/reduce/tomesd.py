@@ -78,7 +78,8 @@ class ToMeSD(Method):
         r: int | Tensor = n - prefix - max(keep, most)
         if tokens.mask is not None:
             real = tokens.count()[:, None] - prefix
-            r = torch.minimum(real - quota(signals, self.keep, real), sends.sum(1, keepdim=True)).clamp(min=0)
+            cells = ((place.height // self.stride) * (place.width // self.stride)).masked_fill(~tokens.real, 0).amax(1, keepdim=True)
+            r = (real - torch.maximum(quota(signals, self.keep, real), cells)).clamp(min=0)
         here = torch.arange(n, device=tokens.device)
         goes = (rank(edge) < r) & (edge > -torch.inf)
         into = torch.where(goes, slots.gather(1, partner), here)
@@ -93,7 +94,8 @@ class ToMeSD(Method):
         row, col = place.row // s, place.col // s
         inside = (row < place.height // s) & (col < place.width // s) & (place.unit >= 0)
         drawn = hashed((place.unit * 2**20 + row) * 2**20 + col, self.seed) % (s * s) if self.random else 0
-        return inside & tokens.real & ((place.row % s) * s + place.col % s == drawn)
+        inside = inside & tokens.real & (torch.arange(len(tokens), device=tokens.device) >= tokens.prefix)
+        return inside & ((place.row % s) * s + place.col % s == drawn)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         keep = Budget(self.keep).count(n)
