@@ -13,6 +13,10 @@ from .llava import Llava
 class Bridged(Llava):
     mixes = True
 
+    def check(self) -> None:
+        if not self.bridge.whole:
+            super().check()
+
     @property
     def bridge(self) -> nn.Module:
         return self.base.multi_modal_projector

@@ -36,7 +36,8 @@ class ELViT(Method):
 
     `keep` sets h · w: the largest grid of the map's shape within it. Published for SAM: 100 clusters for each window of 14 x 14,
     behind 6 of 32 blocks, which share `after` takes by default. Windows of an encoder are not looked at: the whole map is one.
-    `until` None: the last block in use. All tokens are there at the end.
+    `until` None: the last block in use. All tokens are there at the end. tau goes with the squared distances of an encoder's
+    features: 0.01 suits those of SAM; where they are narrower or smaller, clusters stay apart with a larger one.
     """
 
     site = "block"
