@@ -310,14 +310,15 @@ class Reduction:
         return Reduction(
             torch.cat([front, self.index + prefix], 1),
             torch.cat([front, torch.where(self.assign < 0, -1, self.assign + prefix)], 1),
-            None if self.weight is None else pad(self.weight, (prefix, 0), value=1.0),
-            None if self.matrix is None else _bordered(self.matrix, prefix),
-            None if self.mask is None else pad(self.mask, (prefix, 0), value=True),
-            None if self.order is None else torch.cat([front, self.order + prefix], 1),
-            self.prefix + prefix,
-            None if self.score is None else pad(self.score, (prefix, 0)),
-            entries,
-            None if self.back is None else _bordered(self.back, prefix),
+            weight=None if self.weight is None else pad(self.weight, (prefix, 0), value=1.0),
+            matrix=None if self.matrix is None else _bordered(self.matrix, prefix),
+            mask=None if self.mask is None else pad(self.mask, (prefix, 0), value=True),
+            order=None if self.order is None else torch.cat([front, self.order + prefix], 1),
+            prefix=self.prefix + prefix,
+            score=None if self.score is None else pad(self.score, (prefix, 0)),
+            entries=entries,
+            memory=self.memory,
+            back=None if self.back is None else _bordered(self.back, prefix),
         )
 
     def then(self, after: Reduction) -> Reduction:
