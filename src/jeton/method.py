@@ -86,10 +86,12 @@ class Method:
     and MLP, or "after" it. `around` instead names halves of a block ("attention", "mlp") that see fewer tokens, decided on those
     in front of the block and given back behind each half. `restores`: in the end all tokens are there again (site block); a step
     that `undoes` gives back those there were before the last reduction of its method. `ahead`: a step in front of a block whose
-    attention shall be the map of the tokens there were, fused as they were, rather than one of those there are. `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them
-    beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
-    of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
-    the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
+    attention shall be the map of the tokens there were, fused as they were, rather than one of those there are.
+
+    `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them beyond the budget, "drop"
+    them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front of the tokens (site
+    encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes the language model
+    attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
     `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
     says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
     `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is

@@ -160,7 +160,9 @@ def test_equal_frames_are_their_own_mean():
 
 def test_at_first_only_the_shares_of_frames_get_a_gradient():
     model = video(4, 0.0).train()
-    torch.stack(model.model.get_image_features(torch.randn(4, 3, 32, 32), return_dict=True).pooler_output).square().sum().backward()
+    torch.stack(
+        model.model.get_image_features(torch.randn(4, 3, 32, 32), return_dict=True).pooler_output
+    ).square().sum().backward()
     part = model.bridge.temporal[0]
     assert part.share.grad.abs() > 0 and not part.query.weight.grad.any()
 

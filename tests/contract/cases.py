@@ -181,9 +181,7 @@ ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
 RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
 RESTORING = [case for case in LANGUAGE_CASES if case.made().restores]  # all tokens are there again behind the encoder
-AT_THE_DOOR = [
-    case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL and case not in RESTORING
-]
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL and case not in RESTORING]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 

@@ -25,7 +25,7 @@ def on_grid(values, height, width):
 def test_as_many_centres_as_tokens_change_nothing():
     x = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)) * 3
     near = torch.ones(2, 12, 12, dtype=torch.bool)
-    matrix, centres = superpixels(x, torch.eye(12).expand(2, -1, -1), near, 100.0, 5)
+    _, centres = superpixels(x, torch.eye(12).expand(2, -1, -1), near, 100.0, 5)
     torch.testing.assert_close(centres, x, atol=1e-5, rtol=1e-5)
     back = reconstruction(x, centres, 100.0, 1, "sum", torch.ones(2, 12, dtype=torch.bool))
     torch.testing.assert_close(back @ centres, x, atol=1e-5, rtol=1e-5)

@@ -51,7 +51,7 @@ def test_exactly_r_tokens_go(r, prefix, bidirectional):
 
 
 def test_both_directions_by_hand():
-    """Even places send first: of 0, 2, 4 the best pair is (2, 3), one goes. Then 1 goes to 0, which is left; 3 keeps what it got."""
+    """Even places send first: of 0, 2, 4 the best pair is (2, 3), one goes. Then 1 goes to 0, which is left."""
     angles = torch.tensor([0.0, 0.3, 2.0, 2.05, 4.0, 5.0])
     x = Tokens(torch.stack([angles.cos(), angles.sin()], -1)[None])
     step = get("mctf", r=2, tau_info=0, pooling="mean", least=1).reduce(x)

@@ -1,4 +1,4 @@
-"""SimVLG: a BERT that merges the most similar visual tokens in every layer connects a frozen encoder to a frozen language model."""
+"""SimVLG: a BERT that merges similar visual tokens in every layer connects a frozen encoder to a frozen language model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ._model import BridgedLlava
 class SimVLG(Bridge):
     """(P, N, D) features, a class token in front, to (P, N - merge · depth, d): 257 to 29 with the published 12 layers and 19.
 
-    h = LN(W x + positions + type 0); in each of `depth` layers of BERT, behind its self attention (output, residual and LayerNorm),
+    h = LN(W x + positions + type 0); in each of `depth` layers of BERT, behind self attention (output, residual, LayerNorm),
     ToMe's matching by the keys, averaged over heads, merges `merge` tokens into plain means, with no sizes and nothing added to
     attention; then the feed-forward half. The class token neither moves nor receives. A linear map leads to the language model's
     width. Encoder and language model stay frozen (`freeze`); `loss` is that of the caption alone. `start_from` takes the
@@ -149,7 +149,7 @@ class SimVLG(Bridge):
         self.requires_grad_(True)
 
     def geometry(self) -> Geometry:
-        """Which tokens merge depends on the picture, so tokens lie on no grid: a line, each over an equal share of the patches."""
+        """Which tokens merge depends on the picture, so they lie on no grid: a line, each over an equal share of the patches."""
         at = torch.arange(self.tokens)
         source = (at * self.patches * self.pictures // self.tokens)[:, None]
         return Geometry.of(
@@ -189,8 +189,8 @@ class MergingLayer(BertLayer):
 
 
 class Temporal(nn.Module):
-    """T: attention over the frames at the same place. Queries and keys are maps to 256, their products scaled by 256^-1/2 in every
-    one of 8 heads; values are the features themselves, split among the heads. `share` is the learned number a."""
+    """T: attention over the frames at the same place. Queries and keys are maps to 256, their products scaled by 256^-1/2 in each
+    of 8 heads; values are the features themselves, split among the heads. `share` is the learned number a."""
 
     HIDDEN, HEADS = 256, 8
 
@@ -253,7 +253,7 @@ def captioned(model: BridgedLlava, tokenizer: Any, captions: Sequence[str]) -> d
 
 
 class Contrast(nn.Module):
-    """The optional term: the connector's first token and a frozen text embedding of its caption, each mapped to `width`, must find
+    """The optional term: the connector's first token and a frozen text embedding of its caption, mapped to `width`, must find
     each other in the batch: cross-entropy both ways, smoothed by 0.1, of cosines divided by a learned temperature."""
 
     def __init__(self, visual: int, text: int, width: int = 256) -> None:

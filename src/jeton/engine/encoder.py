@@ -339,7 +339,7 @@ class EncoderSite:
         for method, step in self._steps(number):
             if step.around:
                 with self.run.clock.measure("selection"):
-                    tokens, reduction = self._decide(number, method, step, x)
+                    _, reduction = self._decide(number, method, step, x)
                 if not reduction.is_identity:
                     decided.append((step, reduction))
         return decided
@@ -625,7 +625,7 @@ class _Ahead:
     reduction: Reduction | None = None
 
     def attend(self, original: Attention, value: Tensor) -> Tensor:
-        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times the values (B, H, K, d) of those there are.
+        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
 
         Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
         be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.

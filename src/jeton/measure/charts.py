@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -23,7 +23,7 @@ class Chart:
     """A table to draw: `labels` along the axis, and one list of values for each of `series`."""
 
     labels: tuple[str, ...]
-    series: dict[str, tuple[float, ...]]
+    series: Mapping[str, Sequence[float]]
 
     def __post_init__(self) -> None:
         if not self.labels or not self.series:

@@ -1,6 +1,6 @@
 """Programs as answers (program of thoughts, as TinyChart answers questions that need calculation): parsed, run, chosen.
 
-A model writes its answer as steps, ``<step>x = [1, 2, 3]</step><step>Answer = sum(x)</step>``; what they leave in `Answer` counts.
+A model writes its answer as steps, ``<step>x = [1, 2, 3]</step><step>Answer = sum(x)</step>``; what is in `Answer` counts.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class VDCScore:
 
 
 def vdcscore(captions: Mapping[str, str], questions: Mapping[str, Pairs], judge: Judge) -> VDCScore:
-    """The score of predicted `captions` by the name of their video; `questions` as `make_questions` or `read_questions` give them.
+    """The score of predicted `captions` by the name of their video; `questions` as `make_questions` and `read_questions` give.
 
     For each question the judge, any function from a prompt to a text, first answers it from the predicted caption alone, then
     says whether this is the reference's answer ("yes" or "no") and grades it from 0 to 5. Accuracy is the share of "yes" and
@@ -96,7 +96,7 @@ def _video(name: str, caption: str, pairs: Pairs, judge: Judge) -> Video:
 
 
 def grade_of(text: str) -> tuple[bool, int]:
-    """(yes, 0..5) in a judge's text: {"pred": "yes", "score": 4}, also with single quotes and words around it. Raises `Unread`."""
+    """(yes, 0..5) in a judge's text: {"pred": "yes", "score": 4}, in single quotes or among words too. Raises `Unread`."""
     pred = re.search(r"""["']?pred["']?\s*[:=]\s*["']?(yes|no)\b""", text, re.IGNORECASE)
     score = re.search(r"""["']?score["']?\s*[:=]\s*["']?(\d+)(?![\d.])""", text, re.IGNORECASE)
     if pred is None or score is None or int(score[1]) > 5:
@@ -115,8 +115,8 @@ def make_questions(caption: str, judge: Judge, count: int = 20) -> list[tuple[st
 
 
 def read_questions(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, str]]]:
-    """Questions of a benchmark from JSONL: a line for each video with its name (`video_name`, `video_id` or `video`) and `qa_list`,
-    a list of {"question", "answer"}. Raises ValueError with the number of a line that cannot be used."""
+    """Questions of a benchmark from JSONL: a line for each video with its name (`video_name`, `video_id` or `video`) and a
+    `qa_list`, a list of {"question", "answer"}. Raises ValueError with the number of a line that cannot be used."""
     found: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -126,7 +126,9 @@ def read_questions(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, st
             name = next(row[key] for key in ("video_name", "video_id", "video") if key in row)
             found[str(name)] = [(str(pair["question"]), str(pair["answer"])) for pair in row["qa_list"]]
         except (ValueError, TypeError, KeyError, StopIteration) as error:
-            raise ValueError(f"{Path(path).name}, line {number}: needs video_name and qa_list of questions and answers.") from error
+            raise ValueError(
+                f"{Path(path).name}, line {number}: needs video_name and qa_list of questions and answers."
+            ) from error
     if not found:
         raise ValueError(f"{Path(path).name} holds no questions.")
     return found

@@ -38,9 +38,7 @@ def dpc_knn(x: Tensor, clusters: Tensor | int, neighbours: Tensor | int, mask: T
     return into if mask is None else into.masked_fill(~mask, -1)
 
 
-def superpixels(
-    x: Tensor, start: Tensor, near: Tensor, temperature: float, iterations: int
-) -> tuple[Tensor, Tensor]:
+def superpixels(x: Tensor, start: Tensor, near: Tensor, temperature: float, iterations: int) -> tuple[Tensor, Tensor]:
     """K soft clusters of x (B, N, D) around `start` (B, K, N), a matrix that makes the first centres: (B, K, N) the matrix that
     makes the last ones, its rows adding up to 1, and (B, K, D) these centres, in float32.
 
@@ -58,8 +56,8 @@ def superpixels(
 
 
 def reconstruction(x: Tensor, centres: Tensor, temperature: float, k: int, norm: str, real: Tensor) -> Tensor:
-    """(B, N, K) how x (B, N, D) is made of `centres` (B, K, D): exp(-temperature |x_p - c_i|²) of the k nearest (and those as near
-    as the last of them), divided by their "sum", or by their "l2" norm. `real` (B, K) says which centres there are."""
+    """(B, N, K) how x (B, N, D) is made of `centres` (B, K, D): exp(-temperature |x_p - c_i|²) of the k nearest (and what is
+    as near as the last of them), divided by their "sum", or by their "l2" norm. `real` (B, K) says which centres there are."""
     with torch.no_grad():
         far = squared_distances(x.float(), centres).masked_fill(~real[:, None], torch.inf)
         last = far.topk(min(k, far.shape[2]), dim=2, largest=False).values[..., -1:]

@@ -212,8 +212,8 @@ class MCTF(Method):
         return Pairs(score.masked_fill(shut, -torch.inf), alpha, beta, place)
 
     def _listing(self, tokens: Tokens, pairs: Pairs, turn: Tensor, staying: Tensor) -> Tensor:
-        """(B, N) what the published listing is sorted by: special tokens, alphas in place (without a class token by falling score),
-        then betas, by falling score of the second direction where there is one."""
+        """(B, N) what the published listing is sorted by: special tokens, alphas in place (without a class token by score), then
+        betas, by falling score of the second direction where there is one."""
         n = len(tokens)
         key = pairs.place if tokens.prefix else pairs.place.scatter(1, pairs.alpha, turn)
         key = key.scatter(1, pairs.beta, n + staying.gather(1, pairs.beta))

@@ -78,7 +78,9 @@ class ToMeSD(Method):
         r: int | Tensor = n - prefix - max(keep, most)
         if tokens.mask is not None:
             real = tokens.count()[:, None] - prefix
-            cells = ((place.height // self.stride) * (place.width // self.stride)).masked_fill(~tokens.real, 0).amax(1, keepdim=True)
+            cells = (
+                ((place.height // self.stride) * (place.width // self.stride)).masked_fill(~tokens.real, 0).amax(1, keepdim=True)
+            )
             r = (real - torch.maximum(quota(signals, self.keep, real), cells)).clamp(min=0)
         here = torch.arange(n, device=tokens.device)
         goes = (rank(edge) < r) & (edge > -torch.inf)
