@@ -49,7 +49,7 @@ class MCTF(Method):
     `r` is a number per block, or below 1 a share of the patches; a block fuses at most half, and `least` patches stay (9 and a
     class token are the published 10). `blocks` None: all but the first; (3, 6, 9) with r=0.35 is the paper's fast setting. `keep`
     sets the number of patches left at last instead, evenly over the blocks. Called alone, reduce() fuses once, or as often as
-    `keep` takes.
+    `keep` takes. Used as it is, or after fine-tuning the model beside itself with more tokens: `jeton.recipes.mctf.loss`.
     """
 
     site = "block"
