@@ -144,6 +144,14 @@ def test_what_other_methods_took_between_comes_back_too():
     assert lengths[4] == 47 and out.shape[1] == 45  # what merged between is undone with the clusters; before and after it is not
 
 
+@torch.no_grad()
+def test_pictures_show_the_clusters_while_there_are_any():
+    model = tiny.model("SiglipVisionModel")
+    with jeton.apply(model, "elvit(keep=0.5, after=1, until=3)") as run:
+        model(**tiny.inputs_for(model))
+        assert [len(run.assignment(0, block)[0].unique()) for block in range(5)] == [49, 24, 24, 49, 49]
+
+
 @dataclass(frozen=True)
 class Pooled(ELViT):
     """The same place and grid, but cells averaged, and each patch given its cell's value."""

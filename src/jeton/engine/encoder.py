@@ -102,6 +102,7 @@ class EncoderSite:
         self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
         self.history: list[tuple[int, Reduction]] = []
+        self.undone_at: dict[int, int] = {}  # steps of the history that were undone, and behind which block
         self.held: dict[int, tuple[int, dict[str, Any]]] = {}
         self.seen_by: dict[str, int] = {}
         self.looked: dict[int, tuple[int, bool]] = {}
@@ -321,7 +322,7 @@ class EncoderSite:
             if look is not None:
                 self._look_ahead(number, step, x, look)
             with self.run.clock.measure("selection"):
-                x = self._undo(method, x) if step.undoes else self._reduce(number, method, step, x)
+                x = self._undo(number, method, x) if step.undoes else self._reduce(number, method, step, x)
         return x
 
     def _look_ahead(self, number: int, step: Method, x: Tensor, look: Callable[[Tensor], None]) -> None:
@@ -383,14 +384,15 @@ class EncoderSite:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def _undo(self, method: Method, x: Tensor) -> Tensor:
+    def _undo(self, number: int, method: Method, x: Tensor) -> Tensor:
         """The tokens there were before this method's last reduction, whatever has been done since."""
         start, state = self.held.pop(id(method), (0, {}))
         if not state:
             return x
-        for _, reduction in reversed(self.history[start:]):
-            x = reduction.restore(Tokens(x)).features
-        del self.history[start:]
+        for at in reversed(range(start, len(self.history))):
+            if at not in self.undone_at:
+                self.undone_at[at] = number
+                x = self.history[at][1].restore(Tokens(x)).features
         self._set(state)
         return x
 
@@ -487,11 +489,11 @@ class EncoderSite:
         self.reduction = step if self.reduction is None else self.reduction.then(step)
 
     def until(self, block: int) -> Reduction | None:
-        """What all steps together did up to and with a block; None where none has acted."""
+        """What all steps together did up to and with a block, but for those undone by then; None where none has acted."""
         last = block % len(self.encoder.blocks)
         done: Reduction | None = None
-        for number, step in self.history:
-            if number <= last:
+        for at, (number, step) in enumerate(self.history):
+            if number <= last < self.undone_at.get(at, last + 1):
                 done = step if done is None else done.then(step)
         return done
 
