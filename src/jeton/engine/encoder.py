@@ -304,7 +304,7 @@ class EncoderSite:
         for _, step in self._steps(number, x):
             if step.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
-        self.listeners[number].here = asked
+        self.listeners[number].here, self.listeners[number].kept = asked, None
 
     def _steps(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
         """Methods with what they do at this block."""

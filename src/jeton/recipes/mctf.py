@@ -22,7 +22,7 @@ from ..reduce.mctf import MCTF
 from ..train import Recipe, train
 from ._digits import write
 
-RECIPE = Recipe(steps=300, rate=6e-5, batch=64, warmup=0.1, decay=0.05)
+RECIPE = Recipe(steps=90, rate=6e-5, batch=32, warmup=0.1, decay=0.05)
 METHOD = MCTF(r=32, least=1)  # half of the patches in every block but the first: two are left
 
 
