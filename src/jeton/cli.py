@@ -165,6 +165,27 @@ def show(id: Annotated[str, typer.Argument(help="A system's id.", autocompletion
 
 
 @app.command()
+def supports(
+    model: Annotated[str, typer.Argument(help="A path or id (only its configuration is read), a class or a type of model.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See which methods work on a model, and why others do not, without its weights.
+
+    [cyan]jeton supports llava-hf/llava-1.5-7b-hf[/], or [cyan]jeton supports Dinov2Model[/], [cyan]jeton supports qwen2_5_vl[/]
+    """
+    from .measure.support import supports as run
+
+    found = run(model)
+    if json_:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+        return
+    table = Table("method", "apply", "why not", title=found.model, title_justify="left", box=None, pad_edge=False)
+    for verdict in sorted(found.verdicts, key=lambda each: not each.works):
+        table.add_row(verdict.method, escape(verdict.spec or "-"), "" if verdict.works else escape(verdict.reason))
+    Console().print(table)
+
+
+@app.command()
 def ask(
     image: Annotated[Path, typer.Option(help="The picture.")],
     question: Annotated[str, typer.Option("--ask", help="The question.")],

@@ -92,10 +92,11 @@ class Method:
     them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front of the tokens (site
     encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes the language model
     attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
-    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
-    says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
-    `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
-    left. One that `finishes` hands on tokens of its own behind the last block (site block).
+    `zeroes` (site layer) makes nothing leave: in the cache of the layer before, which has run, keys and values become zero where
+    tokens stood that a step drops. `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in
+    place of dropping patches. `of_all` says that its counts go by the tokens images had at first, before other parts of the same
+    method took some (site layer). Where `average`, `keep` is what the language model's layers see on average and less is left at
+    the end; elsewhere `keep` is what is left. One that `finishes` hands on tokens of its own behind the last block (site block).
 
     A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
     which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
@@ -112,6 +113,7 @@ class Method:
     prefix_tokens: ClassVar[bool] = False
     proportional: bool = False
     virtual: bool = False
+    zeroes: bool = False
     resizes: ClassVar[bool] = False
     average: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -135,6 +135,7 @@ class Reduction:
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
     score: (B, K) the score a method hands to its next step or part; None passes on the score that tokens carry already.
     memory: (B, ...) what else it hands on; None passes on what tokens carry already.
+    sizes: (B, K) float32 sizes of the new tokens where a method has a rule of its own; None for the sums of the old ones'.
     """
 
     index: Tensor
@@ -147,6 +148,7 @@ class Reduction:
     score: Tensor | None = None
     entries: Entries | None = None
     memory: Tensor | None = None
+    sizes: Tensor | None = None
     back: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -406,6 +408,8 @@ class Reduction:
 
     def _grown(self, tokens: Tokens) -> Tensor | None:
         """A drop of tokens of size one needs no sizes."""
+        if self.sizes is not None:
+            return self.sizes
         return None if self.is_drop and tokens.size is None else self._sizes(tokens.weight)
 
     def _check(self, tokens: Tokens) -> None:

@@ -197,9 +197,9 @@ def test_what_cannot_be_built_is_refused_with_a_sentence(asked, words):
 
 
 def test_other_families_are_refused():
-    with pytest.raises(jeton.Unsupported, match="LlavaForConditionalGeneration"):
-        bridge.attach(tiny.tiny_llava_next(), "m3")
-    with pytest.raises(jeton.Unsupported, match="LlavaForConditionalGeneration, not of a BridgedLlava"):
+    with pytest.raises(jeton.Unsupported, match="not of a LlavaOnevision"):
+        bridge.attach(tiny.tiny_llava_onevision(), "m3")
+    with pytest.raises(jeton.Unsupported, match=r"LlavaForConditionalGeneration or .*, not of a BridgedLlava"):
         bridge.attach(attached("m3"), "tokenpacker")
 
 

@@ -203,7 +203,7 @@ def test_merging_conserves_the_weighted_sum(spec):
     assert (after.size.sum(1) == N).all()
 
 
-@pytest.mark.parametrize("card", [card for card in reducers() if card.stage == "block"], ids=ids)
+@pytest.mark.parametrize("card", [card for card in BUDGETED if card.stage == "block"], ids=ids)
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 def test_special_tokens_are_kept_bitwise(card, prefix):
     tokens, signals = row(card)
@@ -214,7 +214,7 @@ def test_special_tokens_are_kept_bitwise(card, prefix):
     assert step.prefix == after.prefix == prefix and (step.k == 6 + prefix or card.object.restores)
 
 
-@pytest.mark.parametrize("card", [card for card in reducers() if card.stage in ("block", "layer")], ids=ids)
+@pytest.mark.parametrize("card", [card for card in BUDGETED if card.stage in ("block", "layer")], ids=ids)
 @pytest.mark.parametrize("depth", [4, 12])
 def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
     method = get(card.id, keep=8)

@@ -160,7 +160,7 @@ class Costs:
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)
             ran += each * projected
-        between = self.layout.images * view.between(self.length)
+        between = view.between(self.length, self.layout.album)
         return ran + between + self._mixing(), full + between
 
     def _mixing(self) -> float:

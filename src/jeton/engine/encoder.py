@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..layout import Album
 from ..learned import Learned
-from ..method import Method
+from ..method import Method, Unsupported
 from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
@@ -54,7 +54,7 @@ class EncoderSite:
         self.run, self.encoder, self.depth, self.alone = run, encoder, depth, alone
         droppers = [m for m in methods if m.site == "pixels" and not m.resizes]
         self.pixels = [m for m in methods if m.site == "pixels" and m.resizes]
-        self.stepped = [m for m in methods if m.site == "block"]
+        self.stepped = [m for m in methods if m.site in ("block", "attention")]
         if not encoder.packed:  # patches leave in front of block 0; those of a packed encoder have left before it runs
             self.stepped = droppers + self.stepped
         self.only: Tensor | None = None
@@ -92,6 +92,7 @@ class EncoderSite:
         self.memory: Tensor | None = None
         self.policy: Tensor | None = None
         self.softened: list[Tokens] = []
+        self.imitated: list[Tensor] = []
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
@@ -124,6 +125,9 @@ class EncoderSite:
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
+        probe = self.encoder.probe
+        if probe is not None and (self.stepped or (self.alone and self.run.methods)):
+            self.run.taps.listen(probe, _ProbeListener(self), functional=True)
         if self.averaged is not None:
             self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
             self.run.hook(self.averaged.register_forward_pre_hook(self._average))
@@ -143,12 +147,16 @@ class EncoderSite:
     def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.last = features_of(output)
 
+    def as_tokens(self, features: Tensor) -> Tokens:
+        """The tokens that left the last block, with these features."""
+        index = None if self.reduction is None else self.reduction.index
+        return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
+
     def _average(self, module: nn.Module, args: tuple) -> tuple | None:
         """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
         tokens = self.run.tokens
         if tokens is None and self.last is not None:  # the head comes before the encoder's output
-            index = None if self.reduction is None else self.reduction.index
-            tokens = Tokens(self.last, self.mask, index, self.size, self.encoder.prefix)
+            tokens = self.as_tokens(self.last)
         if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
             return None
         weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
@@ -264,10 +272,17 @@ class EncoderSite:
             plans, count = [], patches
             for method in self.stepped:
                 self.run.check_keep(method, count)
-                plans.append((method, method.steps(count, self.depth)))
+                plans.append((method, self._steps(method, count)))
                 count = method.promise(count, self.depth).count
             self._plans[patches] = plans
         return self._plans[patches]
+
+    def _steps(self, method: Method, count: int) -> list[Method | None]:
+        return (
+            method.lessons(count, self.depth)
+            if self.run.train and isinstance(method, Learned)
+            else method.steps(count, self.depth)
+        )
 
     def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
         parts = self.encoder.parts(block)
@@ -288,10 +303,10 @@ class EncoderSite:
             listener = self.listeners[number]
             with listener.ahead(parts.attention):
                 mixed = self._half("attention", around, parts.norm1(x), attend, listener)
-            x = parts.drop1(parts.scale1(mixed)) + x
+            x = parts.add(x, parts.drop1(parts.scale1(mixed)))
             x = self._step(number, "middle", x)
             done = self._half("mlp", around, parts.norm2(x), parts.mlp, listener)
-            x = parts.drop2(parts.scale2(done)) + x
+            x = parts.add(x, parts.drop2(parts.scale2(done)))
             self.lengths.append((self.seen_by["attention"], self.seen_by["mlp"]))
             x = self._step(number, "after", x)
             return self._conclude(x) if number == self.depth - 1 else x
@@ -305,6 +320,16 @@ class EncoderSite:
             if step.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
         self.listeners[number].here, self.listeners[number].kept = asked, None
+        self._look_away(number, x)
+
+    def _look_away(self, number: int, x: Tensor) -> None:
+        """Tell the block's listener which method says what its queries see."""
+        masks: list[tuple[Learned, dict[str, Any]]] = []
+        for method, steps in self.plan(self._start):
+            step = steps[number] if number < len(steps) else None
+            if method.site == "attention" and isinstance(step, Learned):
+                masks.append((step, {"learned": self.run.modules_of(method)}))
+        self.listeners[number].masks = masks
 
     def _steps(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
         """Methods with what they do at this block."""
@@ -399,7 +424,7 @@ class EncoderSite:
     # -- one reduction -------------------------------------------------------------------------------------------------
 
     def _decide(self, number: int, method: Method, step: Method, x: Tensor) -> tuple[Tokens, Reduction]:
-        tokens = self._tokens(x)
+        tokens = self.tokens(x)
         listener = self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
         if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
@@ -410,7 +435,7 @@ class EncoderSite:
         return tokens, reduction
 
     def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
-        if self.run.train:
+        if self.run.train and step.masking:  # type: ignore[attr-defined]
             return self._soften(number, method, step, x)
         tokens, reduction = self._decide(number, method, step, x)
         after = reduction.apply(tokens)
@@ -428,7 +453,7 @@ class EncoderSite:
             self.variance = self.variance.gather(1, reduction.index)
         return after.features
 
-    def _tokens(self, x: Tensor) -> Tokens:
+    def tokens(self, x: Tensor) -> Tokens:
         place, index = self.place, None if self.reduction is None else self.reduction.index
         if place is not None and index is not None:
             place = place.gather(index)
@@ -439,7 +464,7 @@ class EncoderSite:
     def _soften(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
         """A step in training: all tokens stay, and blocks see them by their policy from here on."""
         assert isinstance(step, Learned)
-        tokens, listener = self._tokens(x), self.listeners[number]
+        tokens, listener = self.tokens(x), self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
         after = step.soften(tokens, {**signals, "learned": self.run.modules_of(method)})
         self.size, self.order, self.score, self.memory = after.size, after.order, after.score, after.memory
@@ -453,11 +478,26 @@ class EncoderSite:
         """Behind the last block: what a method hands on in place of the tokens that are left."""
         for method in self.stepped:
             if method.finishes:
-                after = method.finish(self._tokens(x))
+                after = method.finish(self.tokens(x))
                 self.reduction, self.mask = None, self.start_mask
                 self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
                 x = after.features
-        return x
+        return self._full(x) if self.run.restore and self.reduction is not None else x
+
+    def _full(self, x: Tensor) -> Tensor:
+        """Every patch of the pictures again, with the features of the token it went to."""
+        assert self.reduction is not None
+        with self.run.clock.measure("selection"):
+            restored = self.reduction.restore(self.tokens(x))
+            lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
+            if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
+                raise Unsupported(
+                    f"{self.run.spec} drops patches inside the encoder, so there is nothing to restore them from; use a method "
+                    f"that merges, e.g. tome, pitome or dymu, or leave out restore=True."
+                )
+        self.reduction, self.mask, self.variance = None, self.start_mask, None
+        self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+        return restored.features
 
     def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
         if isinstance(need, Trained):
@@ -526,10 +566,11 @@ class EncoderSite:
             value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
             return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
         value, at = self.records[need][0], self.records_at[need]
-        if at is not None and need in self.undone:
+        back = need in self.undone or self.run.restore
+        if at is not None and back:
             value = _restored(value, need, at)
         value = _tokens_last(need, value).movedim(-1, 1)
-        if at is not None and need not in self.undone:
+        if at is not None and not back:
             value = _spread(value, at.index, self.patches + self.encoder.prefix)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
@@ -548,8 +589,19 @@ class _Listener(Listener):
         self.now: dict[Need, Tensor] = {}
         self.looking = False
         self.kept: _Ahead | None = None
+        self.masks: list[tuple[Learned, dict[str, Any]]] = []
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        bias = self._per_key(query, key)
+        for step, signals in self.masks:
+            with self.site.run.clock.measure("selection"):
+                seen = step.sight(query, key, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
+            if seen is not None:
+                hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+                bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def _per_key(self, query: Tensor, key: Tensor) -> Tensor | None:
         site = self.site
         bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
         if site.mask is not None and site.reduction is not None:
@@ -562,6 +614,10 @@ class _Listener(Listener):
         site = self.site
         if self.looking and self.kept is not None:
             self.kept.query, self.kept.key, self.kept.mask = query, key, mask
+        if site.run.train and not self.looking:
+            for step, signals in self.masks:
+                part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
+                site.imitated += [] if part is None else [part]
         if not self.here and (not self.late or self.looking):
             return
         if site.policy is not None:  # in training signals are read as if masked tokens had left
@@ -661,6 +717,23 @@ def idle(module: nn.Module, *names: str) -> Iterator[None]:
                 del part.forward
             else:
                 part.forward = own
+
+
+class _ProbeListener(Listener):
+    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        tokens = self.site.run.tokens
+        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
+        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
+        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
+            hidden = ~tokens.mask[:, None, None]
+            bias = query.new_zeros(hidden.shape) if bias is None else bias
+            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
+        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
 
 
 def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:

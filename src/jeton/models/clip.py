@@ -50,7 +50,9 @@ class Clip(_Tower):
 
 @adapter("SiglipVisionModel")
 class Siglip(_Tower):
-    pass
+    @property
+    def probe(self) -> nn.Module | None:
+        return getattr(self.model, "head", None)
 
 
 @adapter("Siglip2VisionModel")
@@ -62,6 +64,10 @@ class Siglip2(_Tower):
     @property
     def pooling(self) -> nn.Module | None:  # type: ignore[override]
         return getattr(self.model, "head", None)
+
+    @property
+    def probe(self) -> nn.Module | None:
+        return self.pooling
 
     def geometry(self, inputs: Inputs) -> list[Geometry]:
         longest = inputs["pixel_values"].shape[1]

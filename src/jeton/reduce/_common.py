@@ -28,11 +28,12 @@ def check_per(per: str) -> None:
         raise ValueError(f'per must be "image", "crop" or "frame", got {per!r}.')
 
 
-def check_ratio(ratio: object) -> None:
+def check_ratio(ratio: object, name: str = "ratio") -> None:
     """A share of the tokens; 1 may be written as an int."""
     if isinstance(ratio, int) and not isinstance(ratio, bool) and ratio != 1:
-        raise ValueError(f"ratio={ratio} must be a fraction in (0, 1]; a number of tokens to keep is set with keep.")
-    check_keep(1.0 if ratio == 1 and not isinstance(ratio, bool) else ratio, "ratio")
+        hint = "; a number of tokens to keep is set with keep" if name == "ratio" else ""
+        raise ValueError(f"{name}={ratio} must be a fraction in (0, 1]{hint}.")
+    check_keep(1.0 if ratio == 1 and not isinstance(ratio, bool) else ratio, name)
 
 
 def check_locations(locations: Sequence[int]) -> tuple[int, ...]:
