@@ -316,7 +316,7 @@ class EncoderSite:
     def _prepare(self, number: int, x: Tensor) -> None:
         """Tell the block's listener what this block's own steps will ask for."""
         asked: set[Need] = set()
-        for _, step in self._steps(number, x):
+        for _, step in self._at(number, x):
             if step.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
         self.listeners[number].here, self.listeners[number].kept = asked, None
@@ -331,7 +331,7 @@ class EncoderSite:
                 masks.append((step, {"learned": self.run.modules_of(method)}))
         self.listeners[number].masks = masks
 
-    def _steps(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
+    def _at(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
         """Methods with what they do at this block."""
         plans = self.plan(self._start if x is None or number else self._started(x))
         return [(method, step) for method, steps in plans if number < len(steps) and (step := steps[number]) is not None]
@@ -341,7 +341,7 @@ class EncoderSite:
         return self._start
 
     def _step(self, number: int, point: str, x: Tensor, look: Callable[[Tensor], None] | None = None) -> Tensor:
-        for method, step in self._steps(number):
+        for method, step in self._at(number):
             if step.point != point or step.around:
                 continue
             if look is not None:
@@ -362,7 +362,7 @@ class EncoderSite:
     def _around(self, number: int, x: Tensor) -> list[tuple[Method, Reduction]]:
         """What steps that are undone behind each half of this block decide, on the tokens in front of it."""
         decided = []
-        for method, step in self._steps(number):
+        for method, step in self._at(number):
             if step.around:
                 with self.run.clock.measure("selection"):
                     _, reduction = self._decide(number, method, step, x)
