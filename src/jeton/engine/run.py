@@ -225,6 +225,22 @@ class Run:
         return None if self.outlet is None else self.outlet.tokens
 
     @property
+    def restored(self) -> Tokens | None:
+        """The same for every token there was in front of the first block: each has what it was merged into, and where tokens were
+        dropped it is zero and masked. Not where tokens also left behind the encoder, or were replaced by a method's own."""
+        tokens, reduction = self.tokens, self.reduction
+        if tokens is None or reduction is None:
+            return tokens
+        if len(tokens) != reduction.k:
+            raise ValueError(
+                f"{self.spec} leaves {len(tokens)} tokens and its blocks made {reduction.k}: methods behind the encoder cannot "
+                f"be undone; apply the one inside its blocks alone."
+            )
+        back = reduction.restore(tokens)
+        real = back.real if self.site.start_mask is None else back.real & self.site.start_mask
+        return Tokens(back.features, real, prefix=tokens.prefix, place=self.site.place)
+
+    @property
     def reduction(self) -> Reduction | None:
         """What the blocks of the encoder did in the last forward, special tokens in front included."""
         return self.site.reduction
