@@ -15,7 +15,6 @@ from torch import Tensor
 from ..demo.digits import Digits, accuracy, load_digits
 from ..engine import Run, apply, watch
 from ..learned import Shape
-from ..method import get
 from ..ops.distillation import logit_kl, token_mse
 from ..reduce.sparsifiner import Sparsifiner
 from ..tokens import Tokens
@@ -45,8 +44,7 @@ def run(
     out: Path, resume: bool = False, progress: bool = True, imitate: Recipe | None = None, adapt: Recipe | None = None
 ) -> dict[str, Any]:
     digits, teacher = load_digits(), load_digits().model.requires_grad_(False)
-    method = get("sparsifiner", keep=KEEP)
-    assert isinstance(method, Sparsifiner)
+    method = Sparsifiner(keep=KEEP)
 
     def distil(run: Run, pixels: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """The unreduced model's logits and tokens."""
@@ -61,7 +59,10 @@ def run(
     digits.model.requires_grad_(False)
     how: dict[str, Any] = {"resume": resume, "progress": progress}
     first = learn(digits, method, imitate or IMITATE, out / "imitate", **how)
-    results = {"full": measured(digits, None), "imitated": measured(digits, "sparsifiner", keep=KEEP, weights=out / "imitate")}
+    results: dict[str, Any] = {
+        "full": measured(digits, None),
+        "imitated": measured(digits, "sparsifiner", keep=KEEP, weights=out / "imitate"),
+    }
     digits.model.requires_grad_(True)
     second = learn(digits, replace(method, phase="adapt", weights=str(out / "imitate")), adapt or ADAPT, out, more=distil, **how)
     other, random = load_digits(), Fixed(keep=KEEP, phase="adapt")
