@@ -1,6 +1,11 @@
 """Sparsifiner on the digits: each of 64 patches learns to which 17 of 65 tokens it attends, per head and block.
 
-TODO
+220 steps of 64 images in which predictors learn to imitate the frozen model, then 220 in which the model adapts to their masks.
+It took 133 s of processor time on one core, measuring and the comparison included (760 s on a busy machine), and 840 MB. Of the
+held-out digits 0.952 come out right with dense attention, 0.897 under the masks before the model adapts and 0.955 after; under
+masks of the same budget that are drawn once and fixed 0.859 before and 0.947 after as many steps of adapting: 15 digits fewer,
+then 3, which is within the standard error (0.011). With masked pairs left out attention would cost 0.27 of its FLOPs, and
+predictors 0.51 on top: on so short a sequence they do not pay. What runs is dense, 1.09 of the model's FLOPs.
 """
 
 from __future__ import annotations
