@@ -139,6 +139,8 @@ class EncoderSite:
 
     def _pool(self, module: nn.Module, args: tuple) -> tuple:
         """The pooling head's token mask, for the tokens that are left."""
+        if self.policy is not None:
+            return (args[0], self.policy.detach() > 0.5, *args[2:])
         return args if self.reduction is None else (args[0], self.mask, *args[2:])
 
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -157,9 +159,12 @@ class EncoderSite:
         tokens = self.run.tokens
         if tokens is None and self.last is not None:  # the head comes before the encoder's output
             tokens = self.as_tokens(self.last)
-        if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
+        if tokens is None:
+            return None
+        if tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches and self.policy is None:
             return None
         weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
+        weight = weight if self.policy is None else weight * self.policy
         if not self.encoder.pools_special:
             weight = weight * (tokens.origin >= self.encoder.prefix)
         return (self.encoder.pooled(tokens.features, weight), *args[1:])
@@ -631,7 +636,9 @@ class _Listener(Listener):
                 if site.lent:
                     site.undone.add(need)
 
-    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
         """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
         attention under the policy."""
         if self.looking:
@@ -641,7 +648,7 @@ class _Listener(Listener):
         policy = self.site.policy
         if policy is None:
             return None
-        logits = attention.rows(query, key, extra.get("scaling"), self.bias(query, key), logits=True)
+        logits = attention.rows(query, key, extra.get("scaling"), mask, logits=True)
         weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
 

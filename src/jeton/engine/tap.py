@@ -33,8 +33,11 @@ class Listener:
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         """Take what is needed from q (B, H, R, d), k and v (B, Hk, N, d)."""
 
-    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """What stands in for this call's result, made with `original(q, k, v, mask)`; None to leave the call alone."""
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
+        """What stands in for this call's result, made with `original(q, k, v, mask)` or a pair of (B, N, H, d) and weights, under
+        the call's own mask with all biases added; None to leave the call alone."""
         return None
 
 
@@ -131,7 +134,7 @@ def _heard(
     for listener in listeners:
         listener.record(query, key, value, mask, scale, extra)
     for listener in listeners:
-        made = listener.attend(attention, query, key, value, extra)
+        made = listener.attend(attention, query, key, value, mask, extra)
         if made is not None:
             return made
     return attention(query, key, value, mask)
@@ -181,7 +184,8 @@ class _Overhearing(TorchFunctionMode):
             return done.transpose(1, 2), None  # as transformers' attention functions give it
 
         size = query.shape[-1] ** -0.5 if scale is None else scale
-        return _heard(self.listeners, attention, query, key, value, attn_mask, size, {})[0].transpose(1, 2)
+        extra = {"scaling": size, "dropout": dropout_p}
+        return _heard(self.listeners, attention, query, key, value, attn_mask, size, extra)[0].transpose(1, 2)
 
 
 def _by_hand(
