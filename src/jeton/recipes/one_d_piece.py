@@ -87,6 +87,7 @@ def measure(model: OneDPiece, out: Path) -> dict[str, Any]:
 def digits(out: Path, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """The same on handwritten digits of 8 x 8 grey pixels (scikit-learn): 16 patches, 16 tokens of 64 codes, 0.75 bytes each."""
     seen, unseen = ((split.pixels + 1) / 2 for split in splits())
+    unseen = unseen[:HELD_OUT]
     torch.manual_seed(0)
     model = OneDPiece(
         8, 2, 16, width=48, depth=2, heads=4, channels=1, levels=[8, 8], target="pixels", init_std=0.07, batch_norm=True
