@@ -237,7 +237,7 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     language = getattr(getattr(made, "model", made), "language_model", made)
     if not hasattr(made, "set_attn_implementation"):
         attend(made, attention)
-    elif attention == "sdpa" and not language._supports_sdpa:
+    elif attention == "sdpa" and getattr(language.config, "attn_logit_softcapping", None):  # sdpa knows no cap
         made.set_attn_implementation({"text_config": "eager", "vision_config": attention})
     else:
         made.set_attn_implementation(attention)
