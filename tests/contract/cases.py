@@ -218,8 +218,9 @@ LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
 RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
+RESTORING = [case for case in LANGUAGE_CASES if case.made().restores]  # all tokens are there again behind the encoder
 WHOLE = [case for case in LANGUAGE_CASES if case.made().finishes]  # hands on as many tokens as there were
-AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in [*VIRTUAL, *WHOLE]]
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in [*VIRTUAL, *WHOLE, *RESTORING]]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 

@@ -142,6 +142,10 @@ class Stand(Method):
             "of_all",
             "keep",
             "finishes",
+            "around",
+            "restores",
+            "undoes",
+            "ahead",
         )
         for name in copied:
             if hasattr(inner, name):

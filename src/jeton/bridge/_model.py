@@ -61,6 +61,7 @@ class BridgedLlavaModel(LlavaModel):
         self.multi_modal_projector = make(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self.multi_modal_projector.enter(self.vision_tower)
 
     @functools.wraps(LlavaModel.get_image_features)  # `generate` reads its parameters
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,12 +286,15 @@ def attach(model: Any, bridge: str, **options: Any) -> Any:
     made.adopt(model.model.multi_modal_projector)
     if made.layers is not None:
         config.vision_feature_layer = list(made.layers)
+    if made.whole:
+        config.vision_feature_select_strategy = "full"
     config.image_seq_length = made.tokens
     weight = model.lm_head.weight
     with torch.device("meta"):  # everything that takes room is the given model's
         new = kind(config)
     new.model.vision_tower, new.model.language_model = model.model.vision_tower, model.model.language_model
     new.lm_head, new.model.multi_modal_projector = model.lm_head, made.to(weight.device, weight.dtype)
+    made.enter(new.model.vision_tower)
     if kind is BridgedLlavaNext:
         new.model.image_newline = model.model.image_newline
     new.generation_config = copy.deepcopy(model.generation_config)

@@ -165,7 +165,7 @@ class Costs:
 
     def _mixing(self) -> float:
         """Products with dense matrices; other reductions only move and add."""
-        dense = [(tokens, last.matrix) for tokens, last in self.sites.values() if last.matrix is not None]
+        dense = [(tokens, part) for tokens, last in self.sites.values() for part in (last.matrix, last.back) if part is not None]
         return float(sum(2 * matrix.numel() * tokens.features.shape[2] for tokens, matrix in dense))
 
     def _encoder_flops(self) -> tuple[float, float]:
@@ -184,8 +184,15 @@ class Costs:
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
+            ran += pictures * self._looked(number, before, width)
         own = self.run.learned.flops(round(start) - encoder.prefix) if pictures and lengths else 0.0
         return ran + pictures * own, full
+
+    def _looked(self, number: int, before: float, width: int) -> float:
+        """What a look ahead at a block costs beyond its attention: queries and keys of the tokens there were; where their map is
+        used, it is that of so many tokens, and queries and keys of those left are not computed."""
+        n, used = self.run.site.looked.get(number, (0, False))
+        return 4 * (n - before * used) * width * width + 4 * (n**2 - before**2) * width * used
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +103,15 @@ class EncoderSite:
         self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
         self.history: list[tuple[int, Reduction]] = []
+        self.undone_at: dict[int, int] = {}  # steps of the history that were undone, and behind which block
+        self.held: dict[int, tuple[int, dict[str, Any]]] = {}
+        self.seen_by: dict[str, int] = {}
+        self.looked: dict[int, tuple[int, bool]] = {}
         self.variance: Tensor | None = None
+        self.lent = False  # tokens that are away for a while will come back
         self.records: dict[Need, list[Tensor]] = defaultdict(list)
         self.records_at: dict[Need, Reduction | None] = {}
+        self.undone: set[Need] = set()
 
     # -- plugging in -------------------------------------------------------------------------------------------------
 
@@ -250,7 +257,7 @@ class EncoderSite:
             step = method.reduce(blank)
             step = replace(step, index=step.index[:, : grid[0] * grid[1]], mask=None)
             small = self.encoder.smaller(inputs, method.picture, grid)
-        self._advance(_shift(step, self.encoder.prefix), -1)
+        self._advance(replace(step.behind(self.encoder.prefix), mask=None), -1)
         self.run.costs.count("pixels", method, blank, step)
         return small
 
@@ -282,16 +289,25 @@ class EncoderSite:
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             self._prepare(number, hidden_states)
-            x = self._step(number, "before", hidden_states)
-            before = x.shape[1]
-            args = tuple(self._trim(value) for value in args)
-            kwargs = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
-            mixed = parts.attention(parts.norm1(x), *args, **kwargs)
-            mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+
+            def attend(y: Tensor, call: Callable[..., Any] = parts.attention) -> Tensor:
+                handed = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
+                mixed = call(y, *(self._trim(value) for value in args), **handed)
+                return mixed[0] if isinstance(mixed, tuple) else mixed
+
+            def look(x: Tensor) -> None:
+                attend(parts.norm1(x), parts.attention.forward)
+
+            x = self._step(number, "before", hidden_states, look)
+            around = self._around(number, x)
+            listener = self.listeners[number]
+            with listener.ahead(parts.attention):
+                mixed = self._half("attention", around, parts.norm1(x), attend, listener)
             x = parts.add(x, parts.drop1(parts.scale1(mixed)))
             x = self._step(number, "middle", x)
-            self.lengths.append((before, x.shape[1]))
-            x = parts.add(x, parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))))
+            done = self._half("mlp", around, parts.norm2(x), parts.mlp, listener)
+            x = parts.add(x, parts.drop2(parts.scale2(done)))
+            self.lengths.append((self.seen_by["attention"], self.seen_by["mlp"]))
             x = self._step(number, "after", x)
             return self._conclude(x) if number == self.depth - 1 else x
 
@@ -300,11 +316,10 @@ class EncoderSite:
     def _prepare(self, number: int, x: Tensor) -> None:
         """Tell the block's listener what this block's own steps will ask for."""
         asked: set[Need] = set()
-        for method, steps in self.plan(self._started(x) if number == 0 else self._start):
-            step = steps[number] if number < len(steps) else None
-            if step is not None and method.point != "before":
+        for _, step in self._at(number, x):
+            if step.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
-        self.listeners[number].here = asked
+        self.listeners[number].here, self.listeners[number].kept = asked, None
         self._look_away(number, x)
 
     def _look_away(self, number: int, x: Tensor) -> None:
@@ -316,34 +331,121 @@ class EncoderSite:
                 masks.append((step, {"learned": self.run.modules_of(method)}))
         self.listeners[number].masks = masks
 
+    def _at(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
+        """Methods with what they do at this block."""
+        plans = self.plan(self._start if x is None or number else self._started(x))
+        return [(method, step) for method, steps in plans if number < len(steps) and (step := steps[number]) is not None]
+
     def _started(self, x: Tensor) -> int:
         self._start = x.shape[1] - self.encoder.prefix
         return self._start
 
-    def _step(self, number: int, point: str, x: Tensor) -> Tensor:
-        for method, steps in self.plan(self._start):
-            step = steps[number] if number < len(steps) else None
-            if step is None or method.point != point:
+    def _step(self, number: int, point: str, x: Tensor, look: Callable[[Tensor], None] | None = None) -> Tensor:
+        for method, step in self._at(number):
+            if step.point != point or step.around:
                 continue
+            if look is not None:
+                self._look_ahead(number, step, x, look)
             with self.run.clock.measure("selection"):
-                x = self._reduce(number, method, step, x)
+                x = self._undo(number, method, x) if step.undoes else self._reduce(number, method, step, x)
         return x
 
-    def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
+    def _look_ahead(self, number: int, step: Method, x: Tensor, look: Callable[[Tensor], None]) -> None:
+        """What a step in front of a block asks of its attention: queries and keys of the tokens as they are."""
+        asked = {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
+        if asked or step.ahead:
+            self.listeners[number].look(asked, step.ahead, self.encoder.attention(self.encoder.blocks[number]), look, x)
+            self.looked[number] = (x.shape[1], step.ahead)
+
+    # -- fewer tokens for a while --------------------------------------------------------------------------------------
+
+    def _around(self, number: int, x: Tensor) -> list[tuple[Method, Reduction]]:
+        """What steps that are undone behind each half of this block decide, on the tokens in front of it."""
+        decided = []
+        for method, step in self._at(number):
+            if step.around:
+                with self.run.clock.measure("selection"):
+                    _, reduction = self._decide(number, method, step, x)
+                if not reduction.is_identity:
+                    decided.append((step, reduction))
+        return decided
+
+    def _half(
+        self,
+        half: str,
+        around: list[tuple[Method, Reduction]],
+        x: Tensor,
+        run: Callable[[Tensor], Tensor],
+        listener: _Listener,
+    ) -> Tensor:
+        """One half of a block, run on fewer tokens where a step stands around it; its result, and what was heard, on all."""
+        held, chosen = self._state(), [(step, reduction) for step, reduction in around if half in step.around]
+        if not chosen:
+            self.seen_by[half] = x.shape[1]
+            return run(x)
+        with self.run.clock.measure("selection"):
+            for step, reduction in chosen:
+                after = reduction.apply(Tokens(x, self.mask, None, self.size, self.encoder.prefix))
+                size = self.size if self.size is None else self.size.gather(1, reduction.index)
+                x, self.mask, self.size, self.lent = after.features, after.mask, after.size if step.proportional else size, True
+                self.reduction = reduction if self.reduction is None else self.reduction.then(reduction)
+                listener.reduced(reduction)
+        self.seen_by[half] = x.shape[1]
+        before, listener.now = listener.now, {}
+        x = run(x)
+        with self.run.clock.measure("selection"):
+            for _, reduction in reversed(chosen):
+                x = reduction.restore(Tokens(x)).features
+                listener.now = {need: _restored(value, need, reduction) for need, value in listener.now.items()}
+        listener.now = {**before, **listener.now}
+        self._set(held)
+        return x
+
+    def _state(self) -> dict[str, Any]:
+        names = ("reduction", "size", "order", "score", "memory", "mask", "variance", "lent")
+        return {name: getattr(self, name) for name in names}
+
+    def _set(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _undo(self, number: int, method: Method, x: Tensor) -> Tensor:
+        """The tokens there were before this method's last reduction, whatever has been done since."""
+        start, state = self.held.pop(id(method), (0, {}))
+        if not state:
+            return x
+        for at in reversed(range(start, len(self.history))):
+            if at not in self.undone_at:
+                self.undone_at[at] = number
+                x = self.history[at][1].restore(Tokens(x)).features
+        self._set(state)
+        return x
+
+    # -- one reduction -------------------------------------------------------------------------------------------------
+
+    def _decide(self, number: int, method: Method, step: Method, x: Tensor) -> tuple[Tokens, Reduction]:
         tokens = self.tokens(x)
         listener = self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
-        if self.run.train and step.masking:  # type: ignore[attr-defined]
-            return self._soften(method, step, tokens, signals)
         if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
             quota = self._quota(number, method)
             signals |= {} if quota is None else {"quota": quota}
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(method.site, method, tokens, reduction)
+        return tokens, reduction
+
+    def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
+        if self.run.train and step.masking:  # type: ignore[attr-defined]
+            return self._soften(number, method, step, x)
+        tokens, reduction = self._decide(number, method, step, x)
         after = reduction.apply(tokens)
         self.score, self.memory = after.score, after.memory
         if reduction.is_identity:
             return x
+        if method.restores:
+            self.held[id(method)] = (len(self.history), {**self._state(), "score": tokens.score, "memory": tokens.memory})
+            self.lent = True
+        self.listeners[number].reduced(reduction)
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges
         self.size, self.order, self.mask = after.size, after.order, after.mask
         self._advance(reduction, number)
@@ -359,9 +461,11 @@ class EncoderSite:
             x, self.mask, index, self.size, self.encoder.prefix, place, self.order, self.score, self.memory, self.policy
         )
 
-    def _soften(self, method: Method, step: Method, tokens: Tokens, signals: dict[str, Any]) -> Tensor:
+    def _soften(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
         """A step in training: all tokens stay, and blocks see them by their policy from here on."""
         assert isinstance(step, Learned)
+        tokens, listener = self.tokens(x), self.listeners[number]
+        signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
         after = step.soften(tokens, {**signals, "learned": self.run.modules_of(method)})
         self.size, self.order, self.score, self.memory = after.size, after.order, after.score, after.memory
         self.policy = after.policy
@@ -384,7 +488,7 @@ class EncoderSite:
         """Every patch of the pictures again, with the features of the token it went to."""
         assert self.reduction is not None
         with self.run.clock.measure("selection"):
-            restored = self.reduction.restore(self._tokens(x))
+            restored = self.reduction.restore(self.tokens(x))
             lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
             if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
                 raise Unsupported(
@@ -409,6 +513,8 @@ class EncoderSite:
         """(B, 1) patches that pictures of different lengths keep at a block, each by the plan for its own length."""
         left = []
         for count in self.counts:
+            for other in self.stepped[: self.stepped.index(method)]:
+                count = other.promise(count, self.depth).count
             for step in method.steps(count, self.depth)[: number + 1]:
                 planned = count if step is None else getattr(step, "keep", None)
                 if not isinstance(planned, int):  # its steps find their own counts
@@ -423,11 +529,11 @@ class EncoderSite:
         self.reduction = step if self.reduction is None else self.reduction.then(step)
 
     def until(self, block: int) -> Reduction | None:
-        """What all steps together did up to and with a block; None where none has acted."""
+        """What all steps together did up to and with a block, but for those undone by then; None where none has acted."""
         last = block % len(self.encoder.blocks)
         done: Reduction | None = None
-        for number, step in self.history:
-            if number <= last:
+        for at, (number, step) in enumerate(self.history):
+            if number <= last < self.undone_at.get(at, last + 1):
                 done = step if done is None else done.then(step)
         return done
 
@@ -459,11 +565,13 @@ class EncoderSite:
             calls = [_tokens_last(need, part) for part in self.records[need]]
             value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
             return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
-        value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
-        at = self.records_at[need]
-        if at is not None:
-            n = self.patches + self.encoder.prefix
-            value = gather(value, at.assign.clamp(min=0)) if self.run.restore else _spread(value, at.index, n)
+        value, at = self.records[need][0], self.records_at[need]
+        back = need in self.undone or self.run.restore
+        if at is not None and back:
+            value = _restored(value, need, at)
+        value = _tokens_last(need, value).movedim(-1, 1)
+        if at is not None and not back:
+            value = _spread(value, at.index, self.patches + self.encoder.prefix)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
     @property
@@ -479,6 +587,8 @@ class _Listener(Listener):
         self.late: set[Need] = set()
         self.here: set[Need] = set()
         self.now: dict[Need, Tensor] = {}
+        self.looking = False
+        self.kept: _Ahead | None = None
         self.masks: list[tuple[Learned, dict[str, Any]]] = []
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
@@ -501,30 +611,112 @@ class _Listener(Listener):
         return bias
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
-        if self.site.run.train:
+        site = self.site
+        if self.looking and self.kept is not None:
+            self.kept.query, self.kept.key, self.kept.mask = query, key, mask
+        if site.run.train and not self.looking:
             for step, signals in self.masks:
-                part = step.imitated(query, key, scale, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
-                self.site.imitated += [] if part is None else [part]
-        if not self.here and not self.late:
+                part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
+                site.imitated += [] if part is None else [part]
+        if not self.here and (not self.late or self.looking):
             return
-        if self.site.policy is not None:  # in training signals are read as if masked tokens had left
-            mask = add_bias(mask, self.site.policy.detach().log()[:, None, None].to(query.dtype))
-        with self.site.run.clock.measure("selection"):
-            real = self.site.mask
-            self.now = {need: _measure(need, query, key, value, mask, real, scale) for need in self.here}
-            for need in self.late:
+        if site.policy is not None:  # in training signals are read as if masked tokens had left
+            mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
+        with site.run.clock.measure("selection"):
+            self.now = {need: _measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
+            for need in set() if self.looking else self.late:
                 for part in _chunks(query, key, value, extra):
-                    self.site.records[need].append(_measure(need, *part, mask, real, scale))
-                self.site.records_at[need] = self.site.reduction
+                    site.records[need].append(_measure(need, *part, mask, site.mask, scale))
+                site.records_at[need] = site.reduction
+                if site.lent:
+                    site.undone.add(need)
 
     def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """In training, attention under the policy."""
+        """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
+        attention under the policy."""
+        if self.looking:
+            return query.new_zeros(()).expand(query.transpose(1, 2).shape), None
+        if self.kept is not None:
+            return self.kept.attend(original, value), None
         policy = self.site.policy
         if policy is None:
             return None
         logits = attention.rows(query, key, extra.get("scaling"), self.bias(query, key), logits=True)
         weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    # -- the attention of the tokens there were in front of the block -----------------------------------------------------
+
+    def look(self, asked: set[Need], ahead: bool, module: nn.Module, call: Callable[[Tensor], None], x: Tensor) -> None:
+        """Run the block's attention on x as far as queries and keys, and measure what is asked."""
+        here, kept = self.here, _Ahead() if ahead else self.kept
+        self.here, self.looking, self.kept = asked, True, kept if ahead else None
+        try:
+            with idle(module, *VALUES, *OUTPUTS):
+                call(x)
+        finally:
+            self.here, self.looking, self.kept = here, False, kept
+
+    def reduced(self, reduction: Reduction) -> None:
+        """The tokens in front of the block have changed."""
+        if self.kept is not None:
+            self.kept.reduction = reduction if self.kept.reduction is None else self.kept.reduction.then(reduction)
+
+    @contextmanager
+    def ahead(self, module: nn.Module) -> Iterator[None]:
+        """While the block's attention runs: where it was looked ahead of, its own queries and keys are not needed again."""
+        if self.kept is not None and self.kept.reduction is None:
+            self.kept = None
+        try:
+            with nullcontext() if self.kept is None or self.here or self.late else idle(module, *QUERIES, *KEYS):
+                yield
+        finally:
+            self.kept = None
+
+
+class _Ahead:
+    """Queries and keys of the tokens in front of a block, and the reduction that came between them and its attention."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    reduction: Reduction | None = None
+
+    def attend(self, original: Attention, value: Tensor) -> Tensor:
+        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
+
+        Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
+        be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.
+        """
+        assert self.reduction is not None
+        each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
+        each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
+
+
+# the usual names of an attention module's projections
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out_proj")
+
+
+@contextmanager
+def idle(module: nn.Module, *names: str) -> Iterator[None]:
+    """Let linear maps of these names rest: what they would give is not needed. Where a model names them otherwise they run."""
+    resting = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+    saved = [part.__dict__.get("forward") for part in resting]
+
+    def rest(width: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
+
+    for part in resting:
+        part.forward = rest(part.out_features)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part, own in zip(resting, saved, strict=True):
+            if own is None:
+                del part.forward
+            else:
+                part.forward = own
 
 
 class _ProbeListener(Listener):
@@ -555,7 +747,13 @@ def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) ->
 
 
 def _measure(
-    need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scale: float
+    need: Need,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """One signal from one attention call."""
     if getattr(need, "joined", False):
@@ -615,6 +813,14 @@ def _tokens_last(need: Need, value: Tensor) -> Tensor:
     return value.transpose(1, 2) if value.dim() == 3 and (not need.heads or isinstance(need, TextSimilarity)) else value
 
 
+def _restored(value: Tensor, need: Need, reduction: Reduction) -> Tensor:
+    """A signal of the tokens that a reduction made, for those it was made of."""
+    first = _tokens_last(need, value).movedim(-1, 1)
+    flat = reduction.restore(Tokens(first.flatten(1).unflatten(1, (first.shape[1], -1)))).features
+    back = flat.reshape(first.shape[0], reduction.n, *first.shape[2:])
+    return back.movedim(1, -1) if value.dim() > 2 and need.heads else back
+
+
 def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:
     out = value.new_zeros(value.shape[0], n, *value.shape[2:])
     shape = index.shape + (1,) * (value.dim() - 2)
@@ -636,15 +842,3 @@ def _widened(place: Place, front: int, back: int) -> Place:
         if isinstance(value, Tensor)
     }
     return replace(place, **fields)
-
-
-def _shift(step: Reduction, prefix: int) -> Reduction:
-    """A reduction of patches alone as one that leaves special tokens in front untouched."""
-    if prefix == 0:
-        return step
-    batch = step.index.shape[0]
-    front = torch.arange(prefix, device=step.index.device).expand(batch, -1)
-    index = torch.cat([front, step.index + prefix], 1)
-    assign = torch.cat([front, torch.where(step.assign < 0, -1, step.assign + prefix)], 1)
-    weight = None if step.weight is None else torch.nn.functional.pad(step.weight, (prefix, 0), value=1.0)
-    return Reduction(index, assign, weight, prefix=prefix)

@@ -225,6 +225,22 @@ class Run:
         return None if self.outlet is None else self.outlet.tokens
 
     @property
+    def restored(self) -> Tokens | None:
+        """The same for every token there was in front of the first block: each has what it was merged into, and where tokens were
+        dropped it is zero and masked. Not where tokens also left behind the encoder, or were replaced by a method's own."""
+        tokens, reduction = self.tokens, self.reduction
+        if tokens is None or reduction is None:
+            return tokens
+        if len(tokens) != reduction.k:
+            raise ValueError(
+                f"{self.spec} leaves {len(tokens)} tokens and its blocks made {reduction.k}: methods behind the encoder cannot "
+                f"be undone; apply the one inside its blocks alone."
+            )
+        back = reduction.restore(tokens)
+        real = back.real if self.site.start_mask is None else back.real & self.site.start_mask
+        return Tokens(back.features, real, prefix=tokens.prefix, place=self.site.place)
+
+    @property
     def reduction(self) -> Reduction | None:
         """What the blocks of the encoder did in the last forward, special tokens in front included."""
         return self.site.reduction
@@ -290,6 +306,12 @@ class Run:
             raise Unsupported(
                 f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
+            )
+        layers = getattr(getattr(self.view.model, "config", None), "vision_feature_layer", None)
+        if self.restore and isinstance(layers, list | tuple) and len(layers) > 1:
+            raise Unsupported(
+                f"{type(self.model).__name__} hands on features of several encoder blocks, but patches are restored behind the "
+                f"last of them alone; leave out restore=True and methods inside the encoder."
             )
         if finishing and self.restore:
             raise Unsupported(f"{finishing[0].card.id} hands on tokens of its own, from which no patch can be restored.")

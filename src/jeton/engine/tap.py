@@ -176,11 +176,12 @@ class _Overhearing(TorchFunctionMode):
         if is_causal:  # a mask of its own and a bias on top do not go together
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return self.done_by(q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+            done = self.done_by(q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+            return done.transpose(1, 2), None  # as transformers' attention functions give it
 
         size = query.shape[-1] ** -0.5 if scale is None else scale
-        return _heard(self.listeners, attention, query, key, value, attn_mask, size, {})
+        return _heard(self.listeners, attention, query, key, value, attn_mask, size, {})[0].transpose(1, 2)
 
 
 def _by_hand(

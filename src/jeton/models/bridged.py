@@ -18,6 +18,10 @@ class Bridged(Llava):
     mixes = True
     example: ClassVar = {"bridge": {"id": "m3", "tokens": 144}}
 
+    def check(self) -> None:
+        if not self.bridge.whole:
+            super().check()
+
     @property
     def bridge(self) -> nn.Module:
         return self.base.multi_modal_projector

@@ -79,8 +79,13 @@ def evenly_spaced(n: int, keep: int | float, batch: int, device: torch.device, m
 
 
 def noise(n: int, seed: int, device: torch.device | str | None = None) -> Tensor:
-    """(n,) pseudo-random numbers in [0, 2^53), a hash (splitmix64) of seed and position: no generator, no global state."""
-    x = torch.arange(1, n + 1, device=device) * -7046029254386353131 + seed * 6364136223846793005 % 2**62
+    """(n,) pseudo-random numbers in [0, 2^53), hashes of seed and position."""
+    return hashed(torch.arange(n, device=device), seed)
+
+
+def hashed(number: Tensor, seed: int) -> Tensor:
+    """Pseudo-random numbers in [0, 2^53), a hash (splitmix64) of seed and whole `number`: no generator, no global state."""
+    x = (number + 1) * -7046029254386353131 + seed * 6364136223846793005 % 2**62
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shift(x, shift)) * factor
     return _shift(x ^ _shift(x, 31), 11)
