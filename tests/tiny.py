@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
+INSIDE = (7, 8, 9)  # what families write between the tokens of one image
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
 Inputs = dict[str, Any]
 
@@ -242,20 +243,25 @@ class Sample:
     seed: int
 
 
+# what the three prompts of a family show
+SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
+    "llava": [((),), ((), ()), ((),)],
+    "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
+    "llava_next_video": [((20, 47),), ((40, 46), (48, 25)), ((2,),)],
+    "llava_onevision": [((36, 40),), ((20, 36), (36, 20)), ((2,),)],
+    "qwen2": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
+}
+
+
 def samples(net: nn.Module) -> list[Sample]:
     """Three prompts of different lengths: one image; two of different shapes; one that is small or a video."""
-    shapes: dict[str, list[tuple[tuple[int, ...], ...]]] = {
-        "llava": [((),), ((), ()), ((),)],
-        "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
-        "llava_next_video": [((20, 47),), ((40, 46), (48, 25)), ((2,),)],
-        "llava_onevision": [((36, 40),), ((20, 36), (36, 20)), ((2,),)],
-        "qwen2": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
-    }
-    one, two, three = shapes[family(net)]
-    return [Sample(one, (4, 9), 1), Sample(two, (2, 3, 5), 2), Sample(three, (1, 6), 3)]
+    one, two, three = SHAPES[family(net)]
+    return [Sample(one, (4, 9), 1), Sample(two, (2, 3, 5), 2), Sample(three, (1, *(len(three) - 1) * [4], 6), 3)]
 
 
 def family(net: nn.Module) -> str:
+    if getattr(getattr(net.config, "vision_config", net.config), "model_type", "") == "pixtral":
+        return "pixtral"
     kind = net.config.model_type.removeprefix("jeton_")
     return "qwen2" if kind.startswith("qwen2") else kind
 
@@ -282,11 +288,25 @@ def prompts(net: nn.Module, chosen: Sequence[Sample] | None = None) -> Inputs:
         parts = [single[name] for single in singles if name in single]
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
             parts = [nn.functional.pad(part, (longest - part.shape[1], 0), value=PAD) for part in parts]
-        if name == "pixel_values" and parts[0].dim() == 5:
-            crops = max(part.shape[1] for part in parts)
-            parts = [nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, crops - part.shape[1])) for part in parts]
+        if name.startswith("pixel") and parts[0].dim() >= 4:  # pictures, crops or tiles of different sizes or numbers
+            sizes = [max(sides) for sides in zip(*(part.shape[1:] for part in parts), strict=True)]
+            parts = [_grown(part, sizes) for part in parts]
         batch[name] = torch.cat(parts)
     return batch
+
+
+def _grown(part: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Zeros behind every axis but the first, up to these sizes."""
+    more = [(0, size - own) for size, own in zip(sizes, part.shape[1:], strict=True)]
+    return nn.functional.pad(part, [side for both in reversed(more) for side in both])
+
+
+def first_picture(inputs: Inputs) -> tuple[int, int]:
+    """The axis of a prompt's pixels along which images follow each other, and how much of it the first image takes."""
+    if "pixel_attention_mask" in inputs:
+        tiles = int((inputs["input_ids"][0] == IMAGE).long().diff().clamp(min=0).sum())  # text announces each
+        return 1, tiles - 1  # the second image is a single one
+    return 0, int(inputs["image_grid_thw"][0].prod()) if "image_grid_thw" in inputs else 1
 
 
 def words(length: int, seed: int) -> Tensor:
@@ -320,21 +340,14 @@ def extended(inputs: Inputs, new: Tensor) -> Inputs:
 
 def _single(net: nn.Module, sample: Sample) -> Inputs:
     generator = torch.Generator().manual_seed(100 + sample.seed)
-    pictures = {
-        "llava": _llava_pictures,
-        "llava_next": _next_pictures,
-        "llava_next_video": _crops_or_frames,
-        "llava_onevision": _crops_or_frames,
-        "qwen2": _qwen_pictures,
-    }[family(net)]
-    pixels, counts, marks = pictures(net, sample.images, generator) if sample.images else ({}, [], [])
+    pixels, counts, marks = PICTURES[family(net)](net, sample.images, generator) if sample.images else ({}, [], [])
     runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
     if family(net) == "qwen2":  # generation counts images by these
         for before, after in pairwise(runs):
             before[-1], after[0] = START, END
     parts = [runs[0]]
     for count, mark, run in zip(counts, marks, runs[1:], strict=True):
-        parts += [torch.full((count,), mark), run]
+        parts += [mark if isinstance(mark, Tensor) else torch.full((count,), mark), run]
     ids = torch.cat(parts)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     if family(net) == "qwen2":
@@ -418,6 +431,16 @@ def _qwen_pictures(
     return inputs, [t * h * w // 4 for t, h, w in images], marks
 
 
+# for each family what makes pixels, the counts of their tokens, and the token they are written with or all that is written
+PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
+    "llava": _llava_pictures,
+    "llava_next": _next_pictures,
+    "llava_next_video": _crops_or_frames,
+    "llava_onevision": _crops_or_frames,
+    "qwen2": _qwen_pictures,
+}
+
+
 # -- pictures for encoders alone -----------------------------------------------------------------------------------------
 
 
@@ -434,6 +457,8 @@ def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     if family(net) == "qwen2":
         grid = torch.tensor([(1, 8, 12), (1, 6, 6), (2, 6, 8)][:batch])
         return {"hidden_states": torch.randn(int(grid.prod(1).sum()), 6 * PATCH**2, generator=generator), "grid_thw": grid}
+    if family(net) == "pixtral":
+        return PICTURES["pixtral"](net, [(32, 48), (24, 24), (36, 16)][:batch], generator)[0]
     size = net.config.image_size
     return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
 
@@ -448,7 +473,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def is_language(net: nn.Module) -> bool:
-    return hasattr(getattr(net, "model", net), "language_model")
+    return any(hasattr(getattr(net, "model", net), name) for name in ("language_model", "text_model"))
 
 
 def inputs_for(net: nn.Module) -> Inputs:
@@ -477,3 +502,7 @@ def run(net: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
     output = net(**inputs, **more)
     logits = getattr(output, "logits", None)
     return output.last_hidden_state if logits is None else logits
+
+
+import tiny_idefics3  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_pixtral  # noqa: E402, F401

@@ -29,8 +29,13 @@ LANGUAGE = [
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "BridgedLlava",
+    "Mistral3ForConditionalGeneration",
+    "LlavaForConditionalGeneration-pixtral",
+    "Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 ]
-LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE
+LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
+MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[8:]
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -38,6 +43,15 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    MISTRAL3: QWEN,
+    LLAVA_PIXTRAL: LLAVA_SIGLIP,
+    IDEFICS3: ONEVISION,
+    SMOLVLM: ONEVISION,
+    "SmolVLMVisionTransformer": "SiglipVisionModel",
+    "Idefics3VisionTransformer": "SiglipVisionModel",
+    "Mistral3Model": "Qwen2_5_VLModel",
+    "Idefics3Model": "LlavaOnevisionModel",
+    "SmolVLMModel": "LlavaOnevisionModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
@@ -113,7 +127,7 @@ def claimed(case: Case) -> bool:
         return False
     parts = method.parts()
     leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)
-    if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
+    if leaves and isinstance(seen, VisionLanguage) and (seen.mixes or encoder.packed):
         return False
     if method.site == "layer" and not language:
         return False
@@ -140,6 +154,9 @@ INNER = (
     "LlavaOnevisionModel",
     "Qwen2VLModel",
     "Qwen2_5_VLModel",
+    "Mistral3Model",
+    "Idefics3Model",
+    "SmolVLMModel",
     "CLIPVisionModelWithProjection",
 )
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]

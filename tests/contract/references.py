@@ -29,6 +29,8 @@ def runs_of_images(inputs: tiny.Inputs, sample: int) -> list[int]:
     """Visual tokens of each image of a prompt, read from the prompt itself."""
     ids, counts, last = inputs["input_ids"][sample].tolist(), [], -1
     for token in ids:
+        if token in tiny.INSIDE:
+            continue
         if token in (tiny.IMAGE, tiny.VIDEO):
             counts.append(1) if token != last else counts.__setitem__(-1, counts[-1] + 1)
         last = token
@@ -60,7 +62,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def decoded(net: nn.Module, embeds: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
     """Logits of the unreduced language model for embeddings, a 2-D mask and position ids."""
-    output = net.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids)
+    output = view_of(net).decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=ids)
     return net.lm_head(output.last_hidden_state)
 
 

@@ -109,8 +109,8 @@ def test_an_image_is_reduced_the_same_beside_any_other(case: Case) -> None:
     net = case.net()
     inputs = tiny.prompts(net, tiny.samples(net)[1:2])
     other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
-    first = 36 if case.model in (QWEN, QWEN2) else 1  # patches or pictures of the first image
-    other["pixel_values"][:first] = other["pixel_values"][:first].flip(-1) + 1
+    first = other["pixel_values"].narrow(tiny.first_picture(inputs)[0], 0, tiny.first_picture(inputs)[1])
+    first.copy_(first.flip(-1) + 1)
     maps = []
     for given in (inputs, other):
         with apply(net, case.made()) as run:

@@ -149,8 +149,9 @@ def test_a_count_above_one_image_keeps_all_of_it_and_above_all_images_is_refused
     inputs = tiny.inputs_for(net)
     counts = [count for sample in range(3) for count in runs_of_images(inputs, sample)]
     if len(set(counts)) > 1:
+        assert isinstance(view(name), VisionLanguage)
         keep = sorted(counts)[-1] - 1
-        with apply(net, "random", keep=keep, newlines="pool") as run:
+        with apply(net, "random", keep=keep, newlines=None if view(name).marks else "pool") as run:
             tiny.run(net, inputs)
             report = run.report()
             candidates = [n - s for n, s in zip(counts, run.layout.album.structure, strict=True)]

@@ -150,5 +150,5 @@ def _split(name: str, value: Tensor, both: tiny.Inputs, cut: int) -> tuple[Tenso
         return value[:, :cut], value[:, cut:]
     if name == "batch_num_images":  # both pictures are single tiles, in whichever turn they come
         return value, value
-    patches = int(both["image_grid_thw"][0].prod()) if name == "pixel_values" and "image_grid_thw" in both else 1
-    return value[:patches], value[patches:]
+    axis, first = tiny.first_picture(both) if name.startswith("pixel") else (0, 1)
+    return value.narrow(axis, 0, first), value.narrow(axis, first, value.shape[axis] - first)

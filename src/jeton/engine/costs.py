@@ -175,12 +175,13 @@ class Costs:
         pictures = self.run.site.pictures
         if self.layout is not None:  # images and videos take one call of the encoder each
             pictures = len(self.layout.album) if encoder.packed else self.layout.album.patches // self.run.site.patches
-        start: float = self.run.site.patches + encoder.prefix
+        seen = start = float(self.run.site.patches + encoder.prefix)
         if encoder.packed and self.layout is not None:
             start = self.layout.album.patches / len(self.layout.album)
+            seen = self.layout.album.patches if encoder.joint else start
         ran = full = 0.0
         for number, (before, after) in enumerate(lengths):
-            keys = encoder.keys(number, start)
+            keys = encoder.keys(number, seen)
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)

@@ -366,19 +366,23 @@ class _Listener(Listener):
             real = self.site.mask
             self.now = {need: _measure(need, query, key, value, mask, real, scale) for need in self.here}
             for need in self.late:
-                for part in _chunks(query, key, value, extra):
-                    self.site.records[need].append(_measure(need, *part, mask, real, scale))
+                for part in self._calls(query, key, value, mask, extra):
+                    self.site.records[need].append(_measure(need, *part, real, scale))
                 self.site.records_at[need] = self.site.reduction
 
-
-def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Packed flash attention gets all pictures in one call: split it as the others are."""
-    ends = extra.get("cu_seq_lens_q")
-    if ends is None:
-        return [(query, key, value)]
-    sizes = (ends[1:] - ends[:-1]).tolist()
-    query_parts, key_parts, value_parts = (part.split(sizes, dim=2) for part in (query, key, value))
-    return list(zip(query_parts, key_parts, value_parts, strict=True))
+    def _calls(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """q, k, v and mask. Where all pictures of a packed encoder come in one call, it is split as if each had its own."""
+        encoder, ends = self.site.encoder, extra.get("cu_seq_lens_q")
+        if ends is not None:
+            sizes = (ends[1:] - ends[:-1]).tolist()
+        elif encoder.joint:
+            sizes = [item.patches for item in encoder.geometry(self.site.inputs)]
+        else:
+            return [(query, key, value, mask)]
+        parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+        return [(*part, None) for part in parts]
 
 
 def _measure(

@@ -9,6 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Gallery:
         device = pixels[0].device
         album = Album.of(tuple(prompt.view.geometry(inputs, stream)), device)
         rows = album.candidates(self.structure)
-        if len(prompt.view.streams()) == 1:  # where images and videos are encoded apart, the batch has to be seen first
+        # where images and videos are encoded apart, or only prompts say what makes an image, those have to be seen first
+        if len(prompt.view.streams()) == 1 and not prompt.view.told_by_prompt:
             prompt.run.check_keeps(rows.slot.shape[1])
         prompt.run.encoding()
         prompt.scene = Scene(album, rows, given=self._given(album, stream))
@@ -98,9 +100,19 @@ class Gallery:
             return None
         masks = [self.prompt.view.visual(input_ids, stream) for stream, _ in found]
         if len(found) == 1:
-            layout, images = read_layout(masks[0], found[0][1].album)
-            return Flow.start(layout, found[0][1].shown(layout.album, images), self.structure)
+            scene = self._told(found[0][1], input_ids, masks[0])
+            layout, images = read_layout(masks[0], scene.album)
+            return Flow.start(layout, scene.shown(layout.album, images), self.structure)
         return self._together(masks, [scene for _, scene in found])
+
+    def _told(self, scene: Scene, input_ids: torch.Tensor, visual: torch.Tensor) -> Scene:
+        """The scene with its pictures put together to images, where only the prompt says how. No token has left yet: patches of
+        such models are mixed before methods see them."""
+        if not self.prompt.view.told_by_prompt:
+            return scene
+        geometry = self.prompt.view.prompted(scene.album.geometry, input_ids, visual)
+        album = Album.of(geometry, scene.album.source.device)
+        return replace(scene, album=album, rows=album.candidates(self.structure), given=self._given(album, "image"))
 
     def _together(self, masks: list[torch.Tensor], scenes: list[Scene]) -> Flow:
         """Images and videos in one batch of prompts: one album, in prompt order. Tokens gone already were dropped whole."""
@@ -118,7 +130,9 @@ class Gallery:
         width = shown.source.shape[1]
         position = torch.stack([torch.nn.functional.pad(columns, (0, width - len(columns))) for *_, columns in order])
         first = parts[0][0]
-        layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length)
+        marked = [part.between for part, _ in parts if part.between is not None]
+        between = torch.stack(marked).any(0) if marked else None
+        layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length, between)
         signals = {need: torch.cat([scene.signals[need] for scene in scenes]) for need in scenes[0].signals}
         at, units = [number for _, _, number, _ in order], shown.place.units
         given = {

@@ -217,6 +217,10 @@ class Run:
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
+            if leaves and language and self.encoder.packed and not self.view.mixes:
+                self._refuse(
+                    method, "packs all pictures into one sequence in its encoder", "fastervlm(score='received') or divprune"
+                )
             if leaves and isinstance(self.view, VisionLanguage) and self.view.mixes:
                 self._refuse(
                     method,
@@ -228,6 +232,11 @@ class Run:
             raise Unsupported(
                 f"{self.view.name} numbers positions by time, height and width, which are coordinates and cannot be renumbered "
                 f'without gaps; use positions="keep".'
+            )
+        if self.newlines in ("drop", "pool") and isinstance(self.view, VisionLanguage) and self.view.marks:
+            raise Unsupported(
+                f"{self.view.name} has no newlines of its own: {self.view.marks} are text of the prompt, and stay; leave out "
+                f'newlines={self.newlines!r}, or use newlines="keep".'
             )
         self._check_virtual()
         config = getattr(self.encoder.model, "config", None)

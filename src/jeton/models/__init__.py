@@ -1,6 +1,6 @@
 """What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
 
-from . import bridged, clip, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, vit
+from . import bridged, clip, idefics3, llava, llava_next, llava_onevision, pixtral, qwen2_5_vl, qwen2_vl, vit
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
 from .clip_text import ClipText
 
@@ -14,9 +14,11 @@ __all__ = [
     "adapter",
     "bridged",
     "clip",
+    "idefics3",
     "llava",
     "llava_next",
     "llava_onevision",
+    "pixtral",
     "qwen2_5_vl",
     "qwen2_vl",
     "vit",

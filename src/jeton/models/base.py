@@ -51,15 +51,17 @@ class Encoder:
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
-    travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as pixels. pooling: the head that
-    is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise.
+    travel in one sequence (no batch axis), so tokens cannot leave inside a block. joint: a packed encoder whose attention sees
+    all pictures in one call, kept apart by a mask, so that each query is multiplied with the keys of all. groups: a packed
+    encoder from which whole merge groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as
+    pixels. pooling: the head that is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how
+    the family's processor normalises pixels unless told otherwise.
     """
 
     prefix: int = 0
     has_class: bool = False
     packed: bool = False
+    joint: bool = False
     groups: bool = False
     resizable: bool = True
     pooling: nn.Module | None = None
@@ -139,20 +141,26 @@ class Encoder:
 class VisionLanguage:
     """View of a vision-language model.
 
-    base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
-    projector: the module that maps encoder features one by one to embeddings, None where there is none. mixes: patches are mixed
-    into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside the encoder one by one, and
-    methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings and
+    is called `language` there. projector: the module that maps encoder features one by one to embeddings, None where there is
+    none. mixes: patches are mixed into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside
+    the encoder one by one, and methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    told_by_prompt: only the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the
+    tokens of one image; it is text to the model, and stays.
     """
+
+    language: str = "language_model"
 
     projector: nn.Module | None = None
     mixes: bool = False
     rotary_rows: int = 1
+    told_by_prompt: bool = False
+    marks: str = ""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.base = model.model if hasattr(model, "model") and hasattr(model.model, "language_model") else model
-        self.decoder = self.base.language_model
+        self.base = model.model if hasattr(getattr(model, "model", None), self.language) else model
+        self.decoder = getattr(self.base, self.language)
         self.encoder = self.vision()
 
     @property
@@ -238,6 +246,10 @@ class VisionLanguage:
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         """One geometry for each image (or video) of one encoder call, in order."""
         raise NotImplementedError
+
+    def prompted(self, geometry: tuple[Geometry, ...], input_ids: Tensor, visual: Tensor) -> tuple[Geometry, ...]:
+        """The images that prompts (B, L) with `visual` columns show, of the pictures that were encoded, in the same order."""
+        return geometry
 
     def visual(self, input_ids: Tensor, stream: str) -> Tensor:
         """(B, L) true at the columns that hold visual tokens of this kind."""
