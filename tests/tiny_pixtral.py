@@ -55,10 +55,10 @@ def pictures(
     side = tiny.PATCH * getattr(net.config, "spatial_merge_size", 1)
     grids = [(tall // side, wide // side) for tall, wide in images]
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(images)}
-    return inputs, [rows * cols for rows, cols in grids], [_written(*grid) for grid in grids]
+    return inputs, [rows * cols for rows, cols in grids], [written(*grid) for grid in grids]
 
 
-def _written(rows: int, cols: int) -> Tensor:
+def written(rows: int, cols: int) -> Tensor:
     lines = torch.full((rows, cols + 1), tiny.IMAGE)
     lines[:, -1] = BREAK
     lines[-1, -1] = tiny.END

@@ -82,7 +82,8 @@ def test_attention_of_the_last_token_equals_the_models_own_row(name: str, layer:
     for image, sample in enumerate(layout.sample):
         geometry = layout.album.geometry[image]
         at = layout.position[image, : len(geometry)][geometry.unit >= 0]
-        assert torch.allclose(rows[image, :, : len(at)], whole[sample, :, -1, at], **CLOSE)
+        # two kinds of attention in the layers before make more of a difference than the row itself
+        assert torch.allclose(rows[image, :, : len(at)], whole[sample, :, -1, at], atol=1e-6, rtol=1e-4)
 
 
 @torch.no_grad()
