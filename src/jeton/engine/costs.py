@@ -70,14 +70,14 @@ class Costs:
 
     def report(self) -> Report:
         run = self.run
-        parameter = next(run.model.parameters())
+        dtype = next(weight.dtype for weight in run.model.parameters() if weight.is_floating_point())
         ran, full = self._flops()
         images = self._images()
         return Report(
             method=run.spec,
             model=type(run.model).__name__,
-            device=str(parameter.device),
-            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(run.device),
+            dtype=str(dtype).removeprefix("torch."),
             applied=bool(self.sites) or (run.rules is not None and bool(run.rules.ran)),
             note=self.note or _kept_whole(images),
             images=images,
@@ -155,7 +155,9 @@ class Costs:
             ran += layer_flops(rules.get(layer), self.layout.batch, int(length), view.dims, attended)
             full += layer_flops(None, self.layout.batch, self.length, view.dims)
         if view.projector is not None:
-            each = sum(2 * part.weight.numel() for part in view.projector.modules() if isinstance(part, nn.Linear))
+            each = sum(
+                2 * part.in_features * part.out_features for part in view.projector.modules() if isinstance(part, nn.Linear)
+            )
             assert self.flow is not None
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)

@@ -5,6 +5,7 @@ Blocks are run through one generic pre-norm forward that stands in for the layer
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from ..needs import (
 from ..ops import attention, pixels
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
+from .aside import aside
 from .tap import Listener
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ class EncoderSite:
         self._names = list(inspect.signature(encoder.model.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
-        self._saved: list[tuple[nn.Module, Any]] = []
         self.texts = [need for need in late if isinstance(need, TextSimilarity)]
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
         for need in late.difference(self.texts, self.seen):
@@ -103,7 +104,7 @@ class EncoderSite:
         blocks = self.encoder.blocks
         if self.stepped:
             for number, block in enumerate(blocks):
-                self._stand_in(number, block)
+                self.run.stand_in(block, functools.partial(self._forward, number, block))
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
@@ -111,32 +112,22 @@ class EncoderSite:
             self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
         for number, listener in self.listeners.items():
             self.run.taps.listen(self.encoder.attention(blocks[number]), listener)
-        self.run.undo(self._restore)
 
+    @aside
     def _pool(self, module: nn.Module, args: tuple) -> tuple:
         """The pooling head's token mask, for the tokens that are left."""
         return args if self.reduction is None else (args[0], self.mask, *args[2:])
 
+    @aside
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.special = (output[0] if isinstance(output, tuple) else output)[:, : self.encoder.prefix]
 
     def _listener(self, block: int) -> _Listener:
         return self.listeners.setdefault(block, _Listener(self))
 
-    def _stand_in(self, number: int, block: nn.Module) -> None:
-        self._saved.append((block, block.__dict__.get("forward")))
-        block.forward = self._forward(number, block)  # type: ignore[method-assign]
-
-    def _restore(self) -> None:
-        for block, forward in self._saved:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-        self._saved.clear()
-
     # -- one forward ---------------------------------------------------------------------------------------------------
 
+    @aside
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Start of the encoder's forward: fresh state, and a smaller picture where a method asks for one."""
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -178,6 +169,7 @@ class EncoderSite:
             self.records[need].append(torch.nn.functional.pad(value, (self.encoder.prefix, 0)))
             self.records_at[need] = self.reduction
 
+    @aside
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
         for need in self.texts:
@@ -224,26 +216,37 @@ class EncoderSite:
             self._plans[patches] = plans
         return self._plans[patches]
 
-    def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
-        parts = self.encoder.parts(block)
+    def _forward(self, number: int, block: nn.Module, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        parts, points = self.encoder.parts(block), {method.point for method in self.stepped}
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._prepare(number, hidden_states)
-            x = self._step(number, "before", hidden_states)
-            before = x.shape[1]
-            args = tuple(self._trim(value) for value in args)
-            kwargs = {name: self._trim(value) if name == "attention_mask" else value for name, value in kwargs.items()}
+            x, args, kwargs = self._prepare(number, hidden_states, args, kwargs)
             mixed = parts.attention(parts.norm1(x), *args, **kwargs)
             mixed = mixed[0] if isinstance(mixed, tuple) else mixed
             x = parts.drop1(parts.scale1(mixed)) + x
-            x = self._step(number, "middle", x)
-            self.lengths.append((before, x.shape[1]))
+            x = self._between(number, x)
             x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
-            return self._step(number, "after", x)
+            return self._step(number, "after", x) if "after" in points else x
 
         return forward
 
-    def _prepare(self, number: int, x: Tensor) -> None:
+    @aside
+    def _prepare(self, number: int, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+        """What comes into a block: methods that act before it do so, and masks are cut to the tokens that are left."""
+        self._expect(number, x)
+        x = self._step(number, "before", x)
+        self.lengths.append((x.shape[1], x.shape[1]))
+        args = tuple(self._trim(value) for value in args)
+        return x, args, {name: self._trim(value) if name == "attention_mask" else value for name, value in kwargs.items()}
+
+    @aside
+    def _between(self, number: int, x: Tensor) -> Tensor:
+        """Behind a block's attention."""
+        x = self._step(number, "middle", x)
+        self.lengths[-1] = (self.lengths[-1][0], x.shape[1])
+        return x
+
+    def _expect(self, number: int, x: Tensor) -> None:
         """Tell the block's listener what this block's own steps will ask for."""
         asked: set[Need] = set()
         for method, steps in self.plan(self._started(x) if number == 0 else self._start):
@@ -256,6 +259,7 @@ class EncoderSite:
         self._start = x.shape[1] - self.encoder.prefix
         return self._start
 
+    @aside
     def _step(self, number: int, point: str, x: Tensor) -> Tensor:
         for method, steps in self.plan(self._start):
             step = steps[number] if number < len(steps) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..layout import Album, Layout, Rows, read_layout
 from ..needs import Given, Need
 from ..tokens import Reduction
+from .aside import aside
 from .flow import Flow, Scene, Step
 from .groups import Groups
 from .prompt import Prompt
@@ -32,9 +33,7 @@ class Gallery:
         """Wrap the model's own methods that encode pictures."""
         base = self.prompt.view.base
         for stream, name in self.prompt.view.streams().items():
-            own = base.__dict__.get(name)
-            setattr(base, name, self._encoding(stream, getattr(base, name)))
-            self.prompt.run.undo(functools.partial(_put_back, base, name, own))
+            self.prompt.run.stand_in(base, functools.partial(self._encoding, stream), name)
 
     def _encoding(self, stream: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(encode).parameters)
@@ -51,6 +50,7 @@ class Gallery:
 
         return encoding
 
+    @aside
     def _open(self, stream: str, inputs: dict[str, Any]) -> None:
         """Before the encoder runs: the geometry is known, budgets are checked."""
         prompt = self.prompt
@@ -74,6 +74,7 @@ class Gallery:
             return {need: need.rows(frames).to(device) for need in asked}
         return {need: torch.ones(len(album), units, device=device) for need in asked}
 
+    @aside
     def _close(self, stream: str, output: Any) -> None:
         prompt = self.prompt
         scene, site = prompt.scene, prompt.encoder
@@ -152,10 +153,3 @@ class Gallery:
         projected = sum(scene.projected for scene in scenes)
         scene = Scene(shown, rows, signals=signals, projected=projected, given=given, encoded_patches=ran, trail=trail)
         return Flow.start(layout, scene, self.structure)
-
-
-def _put_back(base: Any, name: str, own: Any) -> None:
-    if own is None:
-        base.__dict__.pop(name, None)
-    else:
-        setattr(base, name, own)

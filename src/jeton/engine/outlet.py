@@ -11,6 +11,7 @@ from ..layout import Rows
 from ..method import Method
 from ..needs import Need
 from ..tokens import Tokens, gather
+from .aside import aside
 from .flow import Step
 from .prompt import in_front
 
@@ -26,6 +27,7 @@ class Outlet:
     def attach(self) -> None:
         self.run.hook(self.run.encoder.model.register_forward_hook(self._after))
 
+    @aside
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Reduce `last_hidden_state`; special tokens stay in front unless a method has decided on them itself."""
         hidden = output[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 
 from ..layout import Layout
@@ -90,8 +93,8 @@ class Run:
         self.compact = positions == "compact"
         self.virtual = any(method.virtual for method in methods)
         self._check()
-        parameter = next(model.parameters())
-        self.clock = Clock(parameter.device)
+        self.device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+        self.clock = Clock(self.device)
         self.taps = Taps(model)
         self.costs = Costs(self)
         self._handles: list[Any] = []
@@ -112,6 +115,7 @@ class Run:
     # -- plugging in and out ---------------------------------------------------------------------------------------------
 
     def attach(self) -> Run:
+        _forget_compiled()
         try:
             self.site.attach()
             if isinstance(self.view, VisionLanguage):
@@ -148,6 +152,8 @@ class Run:
 
     def remove(self) -> None:
         """Take everything out again. Calling it twice does nothing."""
+        if self._handles or self._undo:
+            _forget_compiled()
         for handle in self._handles:
             handle.remove()
         for undo in reversed(self._undo):
@@ -170,6 +176,16 @@ class Run:
 
     def undo(self, action: Callable[[], None]) -> None:
         self._undo.append(action)
+
+    def stand_in(
+        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+    ) -> None:
+        """Until the run is removed `make(own)` stands in for a function of the module, by default its forward; within what
+        accelerate does around that to bring weights and inputs to their device, if anything."""
+        name = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
+        own = vars(module).get(name)
+        setattr(module, name, make(getattr(module, name)))
+        self.undo(functools.partial(put_back, module, name, own))
 
     # -- what the user asks ----------------------------------------------------------------------------------------------
 
@@ -217,7 +233,7 @@ class Run:
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
-            if leaves and language and self.encoder.packed and not self.view.mixes:
+            if leaves and isinstance(self.view, VisionLanguage) and self.encoder.packed and not self.view.mixes:
                 self._refuse(
                     method, "packs all pictures into one sequence in its encoder", "fastervlm(score='received') or divprune"
                 )
@@ -366,3 +382,22 @@ class Run:
         if not pictures:
             self.clock.begin("decode")
         self.clock.add("prefill" if pictures else "decode", self._door)
+
+
+def put_back(module: Any, name: str, own: Any) -> None:
+    """An attribute of an instance as it was; None if the instance had none of its own."""
+    if own is None:
+        vars(module).pop(name, None)
+    else:
+        setattr(module, name, own)
+
+
+_COMPILED = [0]
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not look whether hooks have come or gone: what it has made so far must not be used again."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if graphs != _COMPILED[0]:
+        _COMPILED[0] = graphs
+        torch.compiler.reset()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .aside import aside
 
 PREFIX = "jeton_"
 
@@ -36,7 +37,7 @@ class Listener:
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Any], Any]
-_LISTENERS: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
+LISTENERS = "_jeton_listeners"  # on the module itself: where nobody listens, a compiled model sees so without a break
 
 
 class Taps:
@@ -49,7 +50,7 @@ class Taps:
 
     def listen(self, attention: nn.Module, listener: Listener) -> None:
         for module in attention.modules():
-            _LISTENERS.setdefault(module, []).append(listener)
+            module.__dict__.setdefault(LISTENERS, []).append(listener)
             self.heard.append(module)
 
     def open(self) -> None:
@@ -71,7 +72,7 @@ class Taps:
         for config, current in reversed(self.saved):
             config._attn_implementation_internal = current
         for module in self.heard:
-            _LISTENERS.pop(module, None)
+            module.__dict__.pop(LISTENERS, None)
         self.saved.clear()
         self.heard.clear()
 
@@ -89,24 +90,33 @@ def twin(implementation: str) -> str:
 def _tapped(implementation: str) -> Callable:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any) -> Any:
         original = _original(module, implementation)
-        listeners = _LISTENERS.get(module)
+        listeners = getattr(module, LISTENERS, None)
         if listeners is None:
             return original(module, query, key, value, attention_mask, **extra)
-        scale = extra.get("scaling") or query.shape[-1] ** -0.5
-        for listener in listeners:
-            bias = listener.bias(query, key)
-            if bias is not None:
-                attention_mask = add_bias(attention_mask, bias)
-        for listener in listeners:
-            listener.record(query, key, value, attention_mask, scale, extra)
         attention = functools.partial(original, module, **extra)
-        for listener in listeners:
-            made = listener.attend(attention, query, key, value, extra)
-            if made is not None:
-                return made
-        return attention(query, key, value, attention_mask)
+        attention_mask, made = _told(listeners, attention, query, key, value, attention_mask, extra)
+        return attention(query, key, value, attention_mask) if made is None else made
 
     return forward
+
+
+@aside
+def _told(
+    listeners: list[Listener], attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The mask with the listeners' bias, and what stands in for the call's result, if anything."""
+    scale = extra.get("scaling") or query.shape[-1] ** -0.5
+    for listener in listeners:
+        bias = listener.bias(query, key)
+        if bias is not None:
+            mask = add_bias(mask, bias)
+    for listener in listeners:
+        listener.record(query, key, value, mask, scale, extra)
+    for listener in listeners:
+        made = listener.attend(attention, query, key, value, extra)
+        if made is not None:
+            return mask, made
+    return mask, None
 
 
 def _original(module: nn.Module, implementation: str) -> Callable:

@@ -303,7 +303,21 @@ def adapt(model: nn.Module) -> Encoder | VisionLanguage:
     )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, peft and parallel training wrap around it."""
+    while True:
+        if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def _inside(model: nn.Module) -> Iterator[nn.Module]:
+    model = unwrapped(model)
     yield model
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:
