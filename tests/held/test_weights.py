@@ -36,23 +36,23 @@ def test_int8_weights_of_torchao(name: str, spec: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_weights_of_bitsandbytes(bits: int) -> None:
+def test_weights_of_bitsandbytes(bits: int, tmp_path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
-    net = tiny.tiny_llava()
-    config = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        net.save_pretrained(folder)
-        quantized = LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    sizes = tiny.tiny_llava().config  # its 4-bit blocks are 64 numbers of a row
+    sizes.vision_config.hidden_size, sizes.vision_config.intermediate_size = 64, 128
+    sizes.text_config.intermediate_size = 128
+    net = tiny.ready(LlavaForConditionalGeneration(sizes))
+    net.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    quantized = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
     assert sum(isinstance(part, kind) for part in quantized.modules()) > 20
     inputs = tiny.prompts(net, tiny.one_image(net))
     with jeton.apply(quantized, AT_ALL_SITES) as run:
         made = tiny.run(quantized, inputs)
-        assert run.report().images[0].after == 10 and made.isfinite().all()
+        assert run.report().images[0].after == 10 and made.isfinite().all() and made.shape[1] < inputs["input_ids"].shape[1]
         said = quantized.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert said.shape[1] == inputs["input_ids"].shape[1] + 4
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,7 +96,7 @@ class Gallery:
         for stream, (held, scene) in self.scenes.items():
             output = held() if isinstance(held, weakref.ref) else held
             given = None if encoded is None else encoded.get(stream)
-            if encoded is None or (given is not None and given is output):
+            if encoded is None or _same(given, output):
                 found.append((stream, scene))
         if not found:
             return None
@@ -153,3 +154,22 @@ class Gallery:
         projected = sum(scene.projected for scene in scenes)
         scene = Scene(shown, rows, signals=signals, projected=projected, given=given, encoded_patches=ran, trail=trail)
         return Flow.start(layout, scene, self.structure)
+
+
+def _same(given: Any, output: Any) -> bool:
+    """Whether these are the features of a call of the encoder. accelerate makes outputs anew, perhaps on another device."""
+    if given is None or output is None or given is output:
+        return given is not None and given is output
+    pairs = list(itertools.zip_longest(_features(given), _features(output)))
+    return bool(pairs) and all(_equal(*pair) for pair in pairs)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b.to(a.device))
+
+
+def _features(output: Any) -> list[Tensor]:
+    made = getattr(output, "pooler_output", None)
+    return [made] if isinstance(made, Tensor) else list(made or [])

@@ -29,6 +29,7 @@ from ..tokens import Reduction, Tokens
 from .cache import CacheSite
 from .clock import Clock
 from .costs import Costs
+from .drafts import let_the_prompt_run_alone
 from .encoder import EncoderSite
 from .entrance import Entrance
 from .gallery import Gallery
@@ -149,6 +150,7 @@ class Run:
         self.rules = RuleSite(prompt, self.methods)
         self.rules.attach()
         Loss(prompt).attach()
+        let_the_prompt_run_alone(view.model, self.stand_in)
 
     def remove(self) -> None:
         """Take everything out again. Calling it twice does nothing."""
