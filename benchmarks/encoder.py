@@ -62,7 +62,7 @@ class Row:
 def chosen(names: list[str] | None, keeps: list[int | float]) -> Iterator[tuple[Method, int | float]]:
     """Every method of the encoder at every budget, the smallest reduction first."""
     for card in methods():
-        if card.object.site in SITES and (names is None or card.id in names):
+        if card.object.site in SITES and (card.training_free if names is None else card.id in names):
             for keep in keeps:
                 yield jeton.get(card.id, keep=keep), keep
 

@@ -289,7 +289,7 @@ def main() -> None:
     rows: list[Row] = []
     for shape in asked.shape:
         net = built(SHAPES[shape], device, dtype)
-        names = [card.id for card in reducers()] if asked.method is None else asked.method
+        names = [card.id for card in reducers() if card.training_free] if asked.method is None else asked.method
         chosen = [(method, keep) for name in names for keep in asked.keep if works(net, method := jeton.get(name, keep=keep))]
         for batch in asked.batch:
             bench = Bench(shape, net, prompt(net, batch, asked.text, device, dtype), asked.answer, asked.rounds)

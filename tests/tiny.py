@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
+import tiny_encoders
 from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 INSIDE = (7, 8, 9)  # what families write between the tokens of one image
+BY_ONE: set[str] = set()  # families that repeat the pictures of a prompt for its beams one by one
+COORDINATES = {"qwen2"}  # families whose positions are time, height and width, told by the types of tokens
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
 Inputs = dict[str, Any]
 
@@ -217,6 +220,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
     "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
     "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
+    **tiny_encoders.BUILDERS,
 }
 
 
@@ -224,7 +228,10 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
-    made.set_attn_implementation(attention)
+    if hasattr(made, "set_attn_implementation"):
+        made.set_attn_implementation(attention)
+    else:
+        tiny_encoders.attend(made, attention)
     return made.to(dtype)
 
 
@@ -262,7 +269,7 @@ def samples(net: nn.Module) -> list[Sample]:
 def family(net: nn.Module) -> str:
     if getattr(getattr(net.config, "vision_config", net.config), "model_type", "") == "pixtral":
         return "pixtral"
-    kind = net.config.model_type.removeprefix("jeton_")
+    kind = net.config.model_type.removeprefix("jeton_").removesuffix("_vision")
     return "qwen2" if kind.startswith("qwen2") else kind
 
 
@@ -274,7 +281,7 @@ def for_beams(net: nn.Module) -> Inputs:
     """All three prompts where `generate` encodes pictures before it repeats prompts. Older versions repeat the pictures of a
     batch one by one, which mixes up those of prompts with several, in the unmodified model too: only prompts with one there."""
     chosen = samples(net)
-    early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs")
+    early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs") and family(net) not in BY_ONE
     return prompts(net, chosen if early else chosen[::2])
 
 
@@ -342,7 +349,7 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     generator = torch.Generator().manual_seed(100 + sample.seed)
     pixels, counts, marks = PICTURES[family(net)](net, sample.images, generator) if sample.images else ({}, [], [])
     runs = [words(length, 10 * sample.seed + i)[0] for i, length in enumerate(sample.text)]
-    if family(net) == "qwen2":  # generation counts images by these
+    if family(net) in COORDINATES:  # generation counts images by these
         for before, after in pairwise(runs):
             before[-1], after[0] = START, END
     parts = [runs[0]]
@@ -350,8 +357,9 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
         parts += [mark if isinstance(mark, Tensor) else torch.full((count,), mark), run]
     ids = torch.cat(parts)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    if family(net) == "qwen2":
-        inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    if family(net) in COORDINATES:
+        films = 2 if "pixel_values" not in inputs else 1  # some families write videos with image tokens
+        inputs["mm_token_type_ids"] = films * (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     return inputs
 
 
@@ -447,6 +455,9 @@ PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
 def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     """Inputs of an encoder that stands alone. SigLIP2 gets pictures of different shapes."""
     generator = torch.Generator().manual_seed(seed)
+    own = tiny_encoders.pictures(net, batch, generator)
+    if own is not None:
+        return own
     if net.config.model_type == "siglip2_vision_model":
         shapes = [(7, 7), (4, 9), (6, 5)][:batch]
         mask = torch.zeros(len(shapes), SIDE**2, dtype=torch.long)
@@ -454,12 +465,13 @@ def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
             mask[row, : h * w] = 1
         patches = torch.randn(len(shapes), SIDE**2, 3 * PATCH**2, generator=generator) * mask[..., None]
         return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor(shapes)}
-    if family(net) == "qwen2":
+    if family(net) in COORDINATES:
         grid = torch.tensor([(1, 8, 12), (1, 6, 6), (2, 6, 8)][:batch])
         return {"hidden_states": torch.randn(int(grid.prod(1).sum()), 6 * PATCH**2, generator=generator), "grid_thw": grid}
     if family(net) == "pixtral":
         return PICTURES["pixtral"](net, [(32, 48), (24, 24), (36, 16)][:batch], generator)[0]
     size = net.config.image_size
+    size = size if isinstance(size, int) else size[0]
     return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
 
 
@@ -499,10 +511,19 @@ def real(net: nn.Module, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def run(net: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
     """The output that matters: logits, or the last hidden state."""
-    output = net(**inputs, **more)
+    return result(net(**inputs, **more))
+
+
+def result(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
     logits = getattr(output, "logits", None)
     return output.last_hidden_state if logits is None else logits
 
 
-import tiny_idefics3  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_glm4v  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_idefics3  # noqa: E402, F401
+import tiny_internvl  # noqa: E402, F401
+import tiny_ovis2  # noqa: E402, F401
 import tiny_pixtral  # noqa: E402, F401
+import tiny_qwen3_vl  # noqa: E402, F401

@@ -18,9 +18,13 @@ APART = Path(sys.prefix) / "apart"
 _KEPT: list[torch.library.Library] = []
 
 
+def has_timm() -> bool:
+    return find_spec("timm") is not None and (is_torchvision_available() or APART.exists())
+
+
 def timm():
     """timm, or a skipped test."""
-    if find_spec("timm") is None or not (is_torchvision_available() or APART.exists()):
+    if not has_timm():
         pytest.skip("timm or torchvision is not installed", allow_module_level=True)
     if not is_torchvision_available() and not _KEPT:
         sys.path.append(str(APART))

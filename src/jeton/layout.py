@@ -105,17 +105,27 @@ class Geometry:
         return replace(Geometry.picture(rows, cols), source=source, patches=height * width)
 
     @staticmethod
+    def joined(pictures: Sequence[Geometry], kinds: tuple[str, ...], crops: tuple[int, int] = (1, 1)) -> Geometry:
+        """Images of one picture each as the pictures of one image, in their order. kinds: what each is; crops: rows and columns
+        of the crops behind a thumbnail."""
+        starts = torch.tensor([0, *(item.patches for item in pictures)]).cumsum(0).tolist()
+        source = torch.cat([_shift(item.source, start) for item, start in zip(pictures, starts, strict=False)])
+        unit = torch.cat([torch.full((len(item),), number) for number, item in enumerate(pictures)])
+        row, col = (torch.cat([getattr(item, name) for item in pictures]) for name in ("row", "col"))
+        grids = [(int(item.height[0]), int(item.width[0])) for item in pictures]
+        return Geometry.of(source, unit, row, col, grids, starts[-1], kinds, crops)
+
+    @staticmethod
     @lru_cache(maxsize=256)
     def tiles(tile: Geometry, rows: int, cols: int) -> Geometry:
         """An image of rows x cols crops, row by row, and its thumbnail behind them, each a picture like `tile`."""
-        count, each = rows * cols, len(tile)
-        start = torch.arange(count + 1).repeat_interleave(each)[:, None] * tile.patches
-        unit = torch.arange(1, count + 2).remainder(count + 1).repeat_interleave(each)
-        grids = [(int(tile.height[0]), int(tile.width[0]))] * (count + 1)
-        row, col = tile.row.repeat(count + 1), tile.col.repeat(count + 1)
-        kinds = ("thumbnail",) + ("crop",) * count
-        source = tile.source.repeat(count + 1, 1) + start
-        return Geometry.of(source, unit, row, col, grids, (count + 1) * tile.patches, kinds, crops=(rows, cols))
+        count = rows * cols + 1
+        line = Geometry.joined([tile] * count, ("image",) * count)
+        grids = [(int(tile.height[0]), int(tile.width[0]))] * count
+        kinds = ("thumbnail",) + ("crop",) * (count - 1)
+        return Geometry.of(
+            line.source, (line.unit + 1) % count, line.row, line.col, grids, line.patches, kinds, crops=(rows, cols)
+        )
 
 
 @dataclass(frozen=True)

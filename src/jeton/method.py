@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
-from torch import Tensor
-
 from . import registry
 from .calibration import Calibration, Study
 from .needs import Need, Rule
@@ -25,7 +23,7 @@ from .ops.budget import count
 from .registry import Card
 from .tokens import Reduction, Tokens
 
-Signals = Mapping[str, Tensor]
+Signals = Mapping[str, Any]  # tensors; a learned method also finds its modules there
 
 SITES = ("pixels", "block", "encoder", "entry", "layer")
 
@@ -92,7 +90,7 @@ class Method:
     `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
     says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
     `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
-    left.
+    left. One that `finishes` hands on tokens of its own behind the last block (site block).
 
     A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
     which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
@@ -113,6 +111,7 @@ class Method:
     calls: ClassVar[int] = 60
     warmup: ClassVar[int | None] = None
     of_all: ClassVar[bool] = False
+    finishes: ClassVar[bool] = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""
@@ -125,6 +124,11 @@ class Method:
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         """Decide: tokens (B, N, D) and the declared signals give a `Reduction` of (B, N) to (B, K)."""
         raise NotImplementedError(f"{type(self).__name__} must say how it reduces tokens.")
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        """Where it `finishes` (site block): what is handed on behind the last block in place of the tokens that are left there,
+        as many as there were at first, in their order. Such a method must be the only one inside the encoder."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it hands on.")
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         """For the sites block and layer: what to do at each of `depth` blocks or layers, given `n` tokens at the first one.

@@ -291,6 +291,11 @@ class NeuronCounts(Need):
     top: float = 1.0
 
 
+@dataclass(frozen=True)
+class Trained(Need):
+    """The method's own modules (an nn.Module, in float32), trained beforehand; see `jeton.learned`."""
+
+
 # -- what a method may change in a layer -------------------------------------------------------------------------------
 
 WHO = ("decode", "context", "only_context", "visual")

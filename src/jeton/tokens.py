@@ -24,7 +24,9 @@ class Tokens:
     token, None for 0..N-1. size: (B, N) how many originals each token stands for, None for 1. prefix: how many special tokens
     (class, registers) stand in front; no method reduces those. place: the geometry, where it is known. order: (B, N) rank of
     each token in the listing of the published method, None where the tokens stand in that order already. score: (B, N) a score
-    that a method carries from block to block, None where it carries none.
+    that a method carries from block to block, None where it carries none. memory: (B, ...) whatever else a method carries, which
+    reductions leave alone. policy: (B, N) in training only, the weight with which later blocks see each token (0: masked); None
+    for 1.
     """
 
     features: Tensor
@@ -35,11 +37,13 @@ class Tokens:
     place: Place | None = None
     order: Tensor | None = None
     score: Tensor | None = None
+    memory: Tensor | None = None
+    policy: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.features.dim() != 3:
             raise ValueError(f"Tokens.features must be (B, N, D), got {tuple(self.features.shape)}.")
-        for name in ("mask", "index", "size", "order", "score"):
+        for name in ("mask", "index", "size", "order", "score", "policy"):
             value = getattr(self, name)
             if value is not None and value.shape != self.features.shape[:2]:
                 raise ValueError(f"Tokens.{name} must be {tuple(self.features.shape[:2])}, got {tuple(value.shape)}.")
@@ -73,6 +77,11 @@ class Tokens:
     def count(self) -> Tensor:
         """(B,) number of real tokens."""
         return self.real.sum(1)
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, N) float32: the weight with which each token is seen; padding is not."""
+        return self.real.float() if self.policy is None else self.policy
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Reduction:
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
     score: (B, K) the score a method hands to its next step or part; None passes on the score that tokens carry already.
+    memory: (B, ...) what else it hands on; None passes on what tokens carry already.
     """
 
     index: Tensor
@@ -134,6 +144,7 @@ class Reduction:
     prefix: int = 0
     score: Tensor | None = None
     entries: Entries | None = None
+    memory: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.assign.dim() != 2 or self.index.shape[0] != self.assign.shape[0]:
@@ -252,8 +263,10 @@ class Reduction:
     def apply(self, tokens: Tokens) -> Tokens:
         """The reduced tokens, with index, size, mask, place, order and score carried along."""
         self._check(tokens)
+        memory = tokens.memory if self.memory is None else self.memory
         if self.is_identity:
-            return tokens if self.score is None else replace(tokens, score=self.score)
+            same = self.score is None and self.memory is None
+            return tokens if same else replace(tokens, score=tokens.score if self.score is None else self.score, memory=memory)
         mask = self.mask
         if tokens.mask is not None:
             kept = tokens.mask.gather(1, self.index)
@@ -268,6 +281,7 @@ class Reduction:
             place=tokens.place.gather(self.index) if tokens.place is not None else None,
             order=self.order,
             score=tokens.score.gather(1, self.index) if self.score is None and tokens.score is not None else self.score,
+            memory=memory,
         )
 
     def restore(self, tokens: Tokens) -> Tokens:

@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 import tiny
+import trained
 from jeton.method import Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
 from jeton.needs import ClassAttention, LastAttention
@@ -29,13 +30,17 @@ LANGUAGE = [
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "BridgedLlava",
+    "InternVLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
     "LlavaForConditionalGeneration-pixtral",
     "Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
-MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[8:]
+INTERNVL, QWEN3, GLM4V, OVIS2, MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[8:]
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -43,6 +48,15 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    INTERNVL: ONEVISION,
+    QWEN3: QWEN,
+    GLM4V: QWEN,
+    OVIS2: ONEVISION,
+    "InternVLVisionModel": "Dinov2Model",
+    "InternVLModel": "LlavaOnevisionModel",
+    "Qwen3VLModel": "Qwen2_5_VLModel",
+    "Glm4vModel": "Qwen2_5_VLModel",
+    "Ovis2Model": "LlavaOnevisionModel",
     MISTRAL3: QWEN,
     LLAVA_PIXTRAL: LLAVA_SIGLIP,
     IDEFICS3: ONEVISION,
@@ -55,6 +69,13 @@ SISTERS = {
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
+    "DINOv3ViTModel": "Dinov2WithRegistersModel",
+    "ViTMAEModel": "ViTModel",
+    "BeitModel": "ViTModel",
+    "IJepaModel": "SiglipVisionModel",
+    "VideoMAEModel": "SiglipVisionModel",
+    "VisionTransformer": "Dinov2WithRegistersModel",
+    "VisionTransformerDistilled": "DeiTModel",
 }
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
 
@@ -78,7 +99,10 @@ class Case:
 
 
 # what a method cannot be applied without, where it is not the tiny models' to give
-GIVEN: dict[str, dict[str, Any]] = {"recoverable-compression": {"text": False}}
+GIVEN: dict[str, dict[str, Any]] = {
+    "recoverable-compression": {"text": False},
+    **{name: {"weights": trained.weights(name)} for name in trained.LEARNED},
+}
 
 
 def made(name: str, **fields: Any) -> Method:
@@ -135,8 +159,7 @@ def claimed(case: Case) -> bool:
         return False
     if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
         return False
-    # pictures cut into patches before they reach the encoder can no longer be made smaller
-    return not (method.resizes and "Siglip2" in case.model)
+    return encoder.resizable or not method.resizes
 
 
 def needed(case: Case) -> bool:
@@ -154,10 +177,15 @@ INNER = (
     "LlavaOnevisionModel",
     "Qwen2VLModel",
     "Qwen2_5_VLModel",
+    "InternVLModel",
+    "Qwen3VLModel",
+    "Glm4vModel",
+    "Ovis2Model",
     "Mistral3Model",
     "Idefics3Model",
     "SmolVLMModel",
     "CLIPVisionModelWithProjection",
+    "VisionTransformerDistilled",
 )
 ALL = [Case(method, fields, model) for method, fields in variants() for model in tiny.BUILDERS]
 REFUSED = [case for case in ALL if not claimed(case)]
@@ -181,6 +209,12 @@ def _weighed(case: Case) -> Any:
     """A case as pytest's parameter; slow where a sister family stands in for it."""
     spoken_for = case.model in SISTERS and case.method not in SPEAKERS
     return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
+
+
+def coordinates(case: Case) -> bool:
+    """Whether positions are time, height and width, which cannot be renumbered."""
+    seen = view(case.model)
+    return isinstance(seen, VisionLanguage) and seen.rotary_rows > 1
 
 
 both_attentions = pytest.mark.parametrize("attention", ATTENTIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,9 +60,14 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def decoded(net: nn.Module, embeds: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
-    """Logits of the unreduced language model for embeddings, a 2-D mask and position ids."""
-    output = view_of(net).decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=ids)
+def decoded(net: nn.Module, embeds: Tensor, mask: Tensor, ids: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+    """Logits of the unreduced language model for embeddings, a 2-D mask and position ids; `deep` (B, L, D) each is added behind
+    its first layers."""
+    more: dict[str, Any] = {}
+    if deep:
+        everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool)
+        more = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
+    output = view_of(net).decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, **more)
     return net.lm_head(output.last_hidden_state)
 
 
@@ -87,6 +92,17 @@ def layer_columns(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> T
         return at
     last = mask[:, 0, -1].expand(batch, -1)
     return torch.where(last if last.dtype == torch.bool else last == 0, at, -1)
+
+
+def added(seen: Seen, whole: Seen, inputs: tiny.Inputs) -> list[Tensor]:
+    """(B, L, D) for each of the first layers what was added behind it, at the columns of the whole prompt."""
+    batch, length = inputs["input_ids"].shape
+    levels = []
+    for layer, deep in enumerate(seen.deep):
+        at = layer_columns(seen, whole, layer, inputs)
+        spare = torch.where(at < 0, length, at)[..., None].expand_as(deep)
+        levels.append(deep.new_zeros(batch, length + 1, deep.shape[-1]).scatter(1, spare, deep)[:, :length])
+    return levels
 
 
 def kept_at(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> Tensor:

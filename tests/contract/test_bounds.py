@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, LANGUAGE, LANGUAGE_CASES, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, Case, each, view
+from cases import AT_THE_DOOR, LANGUAGE, LANGUAGE_CASES, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3, Case, each, view
 from references import CLOSE, STEPS, columns, difference, full_columns, generated, runs_of_images, visual
 from torch import Tensor, nn
 from witness import Replay, spied, watching
@@ -94,7 +94,7 @@ def test_a_budget_per_crop_holds_in_every_crop(name: str, per: str) -> None:
             assert counts == [5] * len(counts) if per == "crop" else sum(counts) == 5
 
 
-@pytest.mark.parametrize("name", [NEXT_VIDEO, ONEVISION, QWEN2, QWEN])
+@pytest.mark.parametrize("name", [NEXT_VIDEO, ONEVISION, QWEN2, QWEN, QWEN3])
 def test_a_budget_per_frame_holds_in_every_frame(name: str) -> None:
     net = tiny.model(name)
     inputs = tiny.prompts(net, tiny.samples(net)[2:])

@@ -11,15 +11,20 @@ from cases import CASES, REFUSED, Case, each, view
 
 import jeton.bridge
 import tiny
+import tiny_encoders
+import with_timm
 from jeton.engine import apply
 from jeton.method import reducers
 from jeton.models import Encoder, Registry, VisionLanguage
+from jeton.models.timm_vit import TimmVit
 
 REGISTERED = sorted({**Registry.encoders, **Registry.models})
 
 
 def _exists(name: str) -> bool:
-    """Whether transformers has the class (the lower-level ones are not at the top of the package), or jeton's bridges."""
+    """Whether transformers has the class (the lower-level ones are not at the top of the package), jeton's bridges, or timm."""
+    if name in timm_names():
+        return True
     if hasattr(transformers, name) or hasattr(jeton.bridge, name):
         return True
     wanted = {view.__module__.rpartition(".")[2] for view in [*Registry.encoders.values(), *Registry.models.values()]}
@@ -38,12 +43,20 @@ def _exists(name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+def timm_names() -> set[str]:
+    """Classes of timm that have an adapter; none where timm is not installed."""
+    return {name for name in tiny_encoders.BUILDERS if Registry.encoders[name] is TimmVit}
+
+
+KNOWN = [name for name in REGISTERED if with_timm.has_timm() or Registry.encoders.get(name) is not TimmVit]
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_every_registered_class_exists_in_transformers(name: str) -> None:
     assert _exists(name), f"an adapter is registered for {name}, but transformers {transformers.__version__} has no such class."
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTERED if _exists(name)])
+@pytest.mark.parametrize("name", [name for name in KNOWN if _exists(name)])
 def test_every_registered_class_has_a_tiny_model(name: str) -> None:
     assert name in tiny.BUILDERS, f"{name} has an adapter but no builder: add one to BUILDERS in tests/tiny.py."
     assert type(tiny.model(name)).__name__ == name

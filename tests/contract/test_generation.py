@@ -11,12 +11,11 @@ from cases import (
     LANGUAGE,
     LANGUAGE_CASES,
     LLAVA,
-    QWEN,
-    QWEN2,
     RECOMPUTABLE,
     Case,
     as_recomputed,
     both_attentions,
+    coordinates,
     each,
 )
 from references import CLOSE, STEPS, difference, generated, recomputed
@@ -95,7 +94,7 @@ def test_beams_are_worth_what_recomputation_says(case: Case) -> None:
     ],
     ids=["beams", "several-beams", "sampling", "several-samples"],
 )
-@each([case for case in AT_THE_DOOR if case.model not in (QWEN, QWEN2) and not case.fields])
+@each([case for case in AT_THE_DOOR if not coordinates(case) and not case.fields])
 def test_compact_generation_equals_that_from_a_prompt_cut_by_hand(case: Case, how: dict[str, Any]) -> None:
     """`generate` numbers embeddings without gaps, so a prompt cut by hand is the reference for positions="compact"."""
     net = case.net()

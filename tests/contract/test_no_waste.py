@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from cases import Case, each, variants, view
@@ -89,7 +92,9 @@ class Unwaiting(Stand):
 
     def reduce(self, tokens: Tokens, signals=None) -> Reduction:
         made = self.inner.reduce(tokens, signals)
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        mode = FakeTensorMode(allow_non_fake_inputs=False)
+        heard = {name: _fake(value, mode) for name, value in (signals or {}).items()}
+        with mode:
             fake = {
                 name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
                 for name, value in vars(tokens).items()
@@ -97,12 +102,25 @@ class Unwaiting(Stand):
             if tokens.place is not None:
                 place = {n: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for n, v in vars(tokens.place).items()}
                 fake["place"] = type(tokens.place)(**place)
-            heard = {name: mode.from_tensor(value) for name, value in (signals or {}).items()}
             shadow = self.inner.reduce(Tokens(**fake), heard)
             shadow.apply(Tokens(**fake))
         self.decided.append(made)
         assert shadow.index.shape == made.index.shape
         return made
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A tensor or a method's own modules without their values."""
+    if isinstance(value, torch.Tensor):
+        return mode.from_tensor(value)
+    value = copy.deepcopy(value)
+    for module in value.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, mode.from_tensor(weight))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(buffer))
+    return value
 
 
 @pytest.mark.parametrize("keep", [20, 0.3], ids=str)

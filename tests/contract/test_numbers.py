@@ -55,13 +55,10 @@ def test_half_precision_generates(case: Case, dtype: torch.dtype) -> None:
 def test_gradients_reach_the_pixels_and_the_weights(case: Case) -> None:
     net = case.net()
     inputs = tiny.inputs_for(net)
-    name = next(name for name in inputs if name.startswith("pixel_values"))
+    name = next(name for name in inputs if name.startswith("pixel_values") or name == "x")
     inputs[name] = inputs[name].clone().requires_grad_()
     with apply(net, case.made()):
-        output = net(**inputs)
-        logits = getattr(output, "logits", None)
-        result = output.last_hidden_state if logits is None else logits
-        result.float().square().mean().backward()
+        tiny.result(net(**inputs)).float().square().mean().backward()
     grad = inputs[name].grad
     projector = getattr(getattr(net, "model", net), "multi_modal_projector", None)
     weights = [] if projector is None else [p.grad for p in projector.parameters()]

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, QWEN, QWEN2, VIRTUAL, Case, both_attentions, each, view
+from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, VIRTUAL, Case, both_attentions, coordinates, each, view
 from references import (
     TIGHT,
+    added,
     causal,
     columns,
     decoded,
@@ -56,7 +57,8 @@ def test_removing_at_the_door_equals_masking(case: Case, attention: str) -> None
     assert bool(mask[text].all()) and torch.equal(embeds[text], whole.embeds[text])
     assert all((row[keep].diff() > 0).all() for row, keep in zip(at, real, strict=True))
     ids = inputs["position_ids"]
-    masked = decoded(net, embeds, mask, ids)
+    deep = added(seen, whole, inputs)
+    masked = decoded(net, embeds, mask, ids, deep)
     back = masked.gather(1, at.clamp(min=0)[..., None].expand_as(logits))
     assert difference(logits[real], back[real]) < TIGHT
     # the twins: one visual token more, and positions without gaps
@@ -64,9 +66,9 @@ def test_removing_at_the_door_equals_masking(case: Case, attention: str) -> None
     gone = visual(net, inputs) & (mask == 0)
     first = gone & (gone.cumsum(1) == 1)
     more[first] = 1
-    twin = decoded(net, torch.where(first[..., None], whole.embeds, embeds), more, ids)
+    twin = decoded(net, torch.where(first[..., None], whole.embeds, embeds), more, ids, deep)
     assert difference(twin[:, -1], back[:, -1]) > 100 * TIGHT
-    dense = decoded(net, embeds, mask, (mask.cumsum(1) - 1).clamp(min=0).expand_as(ids))
+    dense = decoded(net, embeds, mask, (mask.cumsum(1) - 1).clamp(min=0).expand_as(ids), deep)
     assert difference(dense[:, -1], back[:, -1]) > 100 * TIGHT
 
 
@@ -137,11 +139,12 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
     stages = [layer for layer in range(1, len(kept)) if not torch.equal(kept[layer], kept[layer - 1])]
     assert stages
     drops = all(reduction.is_drop for reduction in decided)
+    deep = added(seen, whole, inputs)
     merged = {} if drops else {layer: seen.layers[layer]["hidden"] for layer in stages}
 
     def reference(kept: list[Tensor], made: dict[int, Tensor]) -> Tensor:
         with staged(net, [causal(inputs, inputs["attention_mask"].bool() & ~each) for each in kept], kept, made):
-            return decoded(net, embeds, mask, inputs["position_ids"])[:, -1]
+            return decoded(net, embeds, mask, inputs["position_ids"], deep)[:, -1]
 
     right = reference(kept, merged)
     assert difference(last, right) < TIGHT
@@ -156,7 +159,7 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
 
 @torch.no_grad()
 @both_attentions
-@each([case for case in AT_THE_DOOR if case.model not in (QWEN, QWEN2)])
+@each([case for case in AT_THE_DOOR if not coordinates(case)])
 def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str) -> None:
     net = case.net(attention)
     inputs = tiny.inputs_for(net)
@@ -171,7 +174,7 @@ def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str
 
 
 @torch.no_grad()
-@each([case for case in IN_A_LAYER if case.model not in (QWEN, QWEN2)])
+@each([case for case in IN_A_LAYER if not coordinates(case)])
 def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Case) -> None:
     """Layers before it see the original positions, it and all later ones those without gaps."""
     net = case.net()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ATTENTIONS, LANGUAGE, LLAVA, LLAVA_NEXT, QWEN
+from cases import ATTENTIONS, LANGUAGE, LLAVA, LLAVA_NEXT, QWEN, view
 from torch import Tensor
 from witness import Listening
 
@@ -13,7 +13,8 @@ from jeton.engine import apply
 from jeton.needs import ClassAttention, Keys, LastAttention, Need, ReceivedAttention
 
 WITH_CLASS = ["CLIPVisionModel", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel"]
-WITHOUT = ["SiglipVisionModel"]
+WITH_CLASS += ["DINOv3ViTModel", "ViTMAEModel", "BeitModel"]
+WITHOUT = ["SiglipVisionModel", "IJepaModel", "VideoMAEModel"]
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
@@ -32,7 +33,7 @@ def test_encoder_attention_equals_the_models_own_map(name: str, layer: int, atte
     eager = tiny.model(name, "eager")
     inputs = tiny.inputs_for(eager)
     whole = eager(**inputs, output_attentions=True).attentions[layer]
-    prefix = whole.shape[-1] - tiny.SIDE**2
+    prefix = view(name).prefix
     asked: dict[str, Need] = {"received": ReceivedAttention(layer=layer)}
     if name in WITH_CLASS:
         asked["class"] = ClassAttention(layer=layer)

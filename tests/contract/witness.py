@@ -21,12 +21,14 @@ from jeton.tokens import Reduction, Tokens
 
 @dataclass
 class Seen:
-    """What arrived at the language model's door and its layers, and over how many tokens the encoder's blocks attended."""
+    """What arrived at the language model's door and its layers, what was added behind them, and over how many tokens the
+    encoder's blocks attended."""
 
     embeds: Tensor | None = None
     mask: Tensor | None = None
     ids: Tensor | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
+    deep: list[Tensor] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
 
     def real(self) -> Tensor:
@@ -61,10 +63,23 @@ def watching(net: nn.Module) -> Iterator[Seen]:
     def door(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.embeds, seen.mask, seen.ids = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "position_ids"))
         seen.layers.clear()
+        seen.deep.clear()
 
     def layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen.layers.append({"hidden": hidden, "mask": kwargs.get("attention_mask"), "rotary": kwargs.get("position_embeddings")})
+
+    adds = view.deepstack[1] if isinstance(view, VisionLanguage) and view.deepstack else ""
+    own = getattr(view.decoder, adds) if adds else None
+
+    def adding(hidden: Tensor, *args: Any) -> Tensor:
+        made = own(hidden, *args)
+        seen.deep.append(made - hidden)
+        return made
+
+    before = view.decoder.__dict__.get(adds) if adds else None
+    if adds:
+        setattr(view.decoder, adds, adding)
 
     handles += [part.register_forward_pre_hook(block, with_kwargs=True) for part in attentions]
     if isinstance(view, VisionLanguage):
@@ -75,6 +90,10 @@ def watching(net: nn.Module) -> Iterator[Seen]:
     finally:
         for handle in handles:
             handle.remove()
+        if before is not None:
+            setattr(view.decoder, adds, before)
+        elif adds:
+            delattr(view.decoder, adds)
 
 
 def match(rows: Tensor, table: Tensor) -> Tensor:
@@ -92,7 +111,19 @@ class Stand(Method):
 
     def __init__(self, inner: Method, decided: list[Reduction]) -> None:
         self.inner, self.decided = inner, decided
-        copied = ("card", "site", "point", "newlines", "prefix_tokens", "proportional", "virtual", "resizes", "of_all", "keep")
+        copied = (
+            "card",
+            "site",
+            "point",
+            "newlines",
+            "prefix_tokens",
+            "proportional",
+            "virtual",
+            "resizes",
+            "of_all",
+            "keep",
+            "finishes",
+        )
         for name in copied:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
@@ -113,6 +144,9 @@ class Stand(Method):
 
     def promise(self, n: int, depth: int = 12) -> Promise:
         return self.inner.promise(n, depth)
+
+    def finish(self, tokens: Tokens) -> Tokens:
+        return self.inner.finish(tokens)
 
     def shrinks(self, depth: int) -> int | None:
         return self.inner.shrinks(depth)

@@ -7,14 +7,17 @@ import dataclasses
 import pytest
 import torch
 
+from jeton.learned import Shape
 from jeton.method import get, reducers
 from jeton.needs import TextAttention
 from jeton.place import Place
 from jeton.registry import Card
 from jeton.tokens import Tokens
+from trained import LEARNED, modules
 
 SIDE = 6
 N = SIDE * SIDE
+WHOLE = ("shared", "learned")  # signals without an axis of tokens
 BUDGETED = [card for card in reducers() if "keep" in {item.name for item in dataclasses.fields(card.object)}]
 ROWS_OF_ATTENTION = sorted(
     {name for card in BUDGETED for name, need in card.object().needs().items() if need.heads or isinstance(need, TextAttention)}
@@ -26,7 +29,9 @@ def ids(card: Card) -> str:
     return card.id
 
 
-def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tokens, dict]:
+def row(
+    card: Card | None = None, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tokens, dict]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, N, 16, generator=generator).to(device, dtype)
     attention = [torch.rand(batch, 4, N, generator=generator).to(device) for _ in range(3)]
@@ -38,6 +43,8 @@ def row(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, devic
         signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     signals["neurons"] = (torch.rand(batch, N, 24, generator=generator) > 0.5).to(device)
     signals["shared"] = torch.randint(0, N, (batch, 24), generator=generator).to(device)
+    if card is not None and card.id in LEARNED:
+        signals["learned"] = modules(card.id, Shape(16, 4, 12, N, 0)).to(device)
     return Tokens(x, place=Place.grid(batch, SIDE, SIDE, device)), signals
 
 
@@ -52,15 +59,15 @@ def cut(tokens: Tokens, signals: dict, b: int, n: int) -> tuple[Tokens, dict]:
             if isinstance(getattr(place, item.name), torch.Tensor)
         },
     )
-    first = {name: s[b : b + 1] for name, s in signals.items()}
-    some = {name: s if name == "shared" else s[:, :n] if s.shape[1] == N else s[:, :, :n] for name, s in first.items()}
+    first = {name: s if name == "learned" else s[b : b + 1] for name, s in signals.items()}
+    some = {name: s if name in WHOLE else s[:, :n] if s.shape[1] == N else s[:, :, :n] for name, s in first.items()}
     return Tokens(tokens.features[b : b + 1, :n], place=place), some
 
 
 @pytest.mark.parametrize("card", EXACT, ids=ids)
 @pytest.mark.parametrize("keep", [1, 5, 17, 35, 0.3, 0.5])
 def test_the_budget_is_met_exactly(card, keep):
-    tokens, signals = row()
+    tokens, signals = row(card)
     method = get(card.id, keep=keep)
     step = method.reduce(tokens, signals)
     assert step.k == method.promise(N, 12).count and step.mask is None
@@ -70,7 +77,7 @@ def test_the_budget_is_met_exactly(card, keep):
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 @pytest.mark.parametrize("keep", [1.0, N, N + 50])
 def test_keeping_everything_changes_nothing(card, keep):
-    tokens, signals = row()
+    tokens, signals = row(card)
     step = get(card.id, keep=keep).reduce(tokens, signals)
     after = step.apply(tokens)
     assert step.is_identity and torch.equal(after.features, tokens.features)
@@ -78,7 +85,7 @@ def test_keeping_everything_changes_nothing(card, keep):
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_kept_tokens_stand_in_their_original_order(card):
-    tokens, signals = row()
+    tokens, signals = row(card)
     step = get(card.id, keep=11).reduce(tokens, signals)
     for b in range(2):
         assert (step.index[b][step.real[b]].diff() > 0).all()
@@ -87,7 +94,7 @@ def test_kept_tokens_stand_in_their_original_order(card):
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_features_follow_from_the_matrix(card):
-    tokens, signals = row()
+    tokens, signals = row(card)
     step = get(card.id, keep=9).reduce(tokens, signals)
     got, expected = step.apply(tokens).features, step.dense @ tokens.features
     torch.testing.assert_close(got[step.real], expected[step.real], atol=1e-5, rtol=1e-5)
@@ -95,7 +102,7 @@ def test_features_follow_from_the_matrix(card):
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_a_batch_equals_its_rows_one_by_one(card):
-    tokens, signals = row(batch=3)
+    tokens, signals = row(card, batch=3)
     method = get(card.id, keep=10)
     batch = method.reduce(tokens, signals)
     for b in range(3):
@@ -106,14 +113,14 @@ def test_a_batch_equals_its_rows_one_by_one(card):
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 @pytest.mark.parametrize("keep", [1, 10, 33, 0.3, 1.0])
 def test_padding_never_wins_and_changes_nothing(card, keep):
-    tokens, signals = row()
+    tokens, signals = row(card)
     n = 30  # five whole rows of the grid
     mask = torch.ones(2, N, dtype=torch.bool)
     mask[1, n:] = False
     x = tokens.features.clone()
     x[1, n:] = 1e4
-    loud = {name: s.clone() for name, s in signals.items()}
-    for s in (s for name, s in loud.items() if name != "shared"):
+    loud = {name: s if name == "learned" else s.clone() for name, s in signals.items()}
+    for s in (s for name, s in loud.items() if name not in WHOLE):
         (s[1, n:] if s.shape[1] == N else s[1, :, n:]).fill_(1e4)
     method = get(card.id, keep=keep)
     padded = method.reduce(dataclasses.replace(tokens, features=x, mask=mask), loud)
@@ -128,18 +135,18 @@ def test_padding_never_wins_and_changes_nothing(card, keep):
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_finite_and_decided_in_float32(card, dtype):
-    tokens, signals = row(dtype=dtype)
+    tokens, signals = row(card, dtype=dtype)
     step = get(card.id, keep=9).reduce(tokens, signals)
     after = step.apply(tokens)
     assert after.features.dtype == dtype and after.features.isfinite().all()
-    wide = {name: s.float() if s.is_floating_point() else s for name, s in signals.items()}
+    wide = {name: s.float() if name != "learned" and s.is_floating_point() else s for name, s in signals.items()}
     same = get(card.id, keep=9).reduce(dataclasses.replace(tokens, features=tokens.features.float()), wide)
     assert torch.equal(step.index, same.index)
 
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_it_is_deterministic_and_leaves_the_global_random_state_alone(card):
-    tokens, signals = row()
+    tokens, signals = row(card)
     before = torch.get_rng_state()
     first = get(card.id, keep=9).reduce(tokens, signals)
     torch.rand(3)
@@ -153,7 +160,7 @@ def test_it_is_deterministic_and_leaves_the_global_random_state_alone(card):
 @pytest.mark.parametrize("units", [1, 3])
 def test_nothing_waits_for_the_device(card, keep, units):
     """On the meta device there are no values to look at: any .item(), .tolist() or bool(tensor) fails."""
-    tokens, signals = row(device="meta")
+    tokens, signals = row(card, device="meta")
     grid = dict.fromkeys(("crop_row", "crop_col", "crop_rows", "crop_cols"), tokens.place.row)
     tokens = dataclasses.replace(tokens, place=dataclasses.replace(tokens.place, units=units, **grid))
     step = get(card.id, keep=keep).reduce(tokens, signals)
@@ -163,7 +170,7 @@ def test_nothing_waits_for_the_device(card, keep, units):
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_it_compiles_into_one_graph(card):
-    tokens, signals = row()
+    tokens, signals = row(card)
     method = get(card.id, keep=9)
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +186,7 @@ def test_it_compiles_into_one_graph(card):
 
 @pytest.mark.parametrize("card", BUDGETED, ids=ids)
 def test_gradients_reach_the_kept_tokens(card):
-    tokens, signals = row()
+    tokens, signals = row(card)
     x = tokens.features.clone().requires_grad_()
     live = dataclasses.replace(tokens, features=x)
     step = get(card.id, keep=9).reduce(live, signals)
@@ -198,7 +205,7 @@ def test_merging_conserves_the_weighted_sum(spec):
 @pytest.mark.parametrize("card", [card for card in reducers() if card.stage == "block"], ids=ids)
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 def test_special_tokens_are_kept_bitwise(card, prefix):
-    tokens, signals = row()
+    tokens, signals = row(card)
     tokens = dataclasses.replace(tokens, prefix=prefix)
     step = get(card.id, keep=6).reduce(tokens, signals)
     after = step.apply(tokens)
@@ -210,7 +217,7 @@ def test_special_tokens_are_kept_bitwise(card, prefix):
 @pytest.mark.parametrize("depth", [4, 12])
 def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
     method = get(card.id, keep=8)
-    tokens, _ = row()
+    tokens, given = row(card)
     steps = method.steps(N, depth)
     assert len(steps) == depth
     for step in steps:
@@ -220,7 +227,7 @@ def test_steps_cover_every_block_and_arrive_where_promised(card, depth):
             signals |= {name: torch.randn(2, n, 8) for name in ("keys", "values")}
             signals |= {name: torch.rand(2, 4, n) for name, need in step.needs().items() if need.heads}
             signals |= {"importance": torch.rand(2, n), "neurons": torch.rand(2, n, 24) > 0.5}
-            signals["shared"] = torch.randint(0, n, (2, 24))
+            signals |= {"shared": torch.randint(0, n, (2, 24)), "learned": given.get("learned")}
             tokens = step.reduce(tokens, signals).apply(tokens)
     assert len(tokens) == method.promise(N, depth).count
     assert len(tokens) <= 8 if method.average else len(tokens) == 8

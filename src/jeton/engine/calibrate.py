@@ -26,6 +26,6 @@ def calibrate(model: nn.Module, method: Method, pictures: Iterable[Tensor | Mapp
     encoder = view if isinstance(view, Encoder) else view.encoder
     with apply(model, learner):
         for batch in pictures:
-            encoder.model(**({"pixel_values": batch} if isinstance(batch, Tensor) else batch))
+            encoder.model(**({encoder.argument: batch} if isinstance(batch, Tensor) else batch))
     fitted: Method = learner.fitted()
     return fitted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layout import Layout
 from ..method import Method
@@ -155,9 +155,7 @@ class Costs:
             ran += layer_flops(rules.get(layer), self.layout.batch, int(length), view.dims, attended)
             full += layer_flops(None, self.layout.batch, self.length, view.dims)
         if view.projector is not None:
-            each = sum(
-                2 * part.in_features * part.out_features for part in view.projector.modules() if isinstance(part, nn.Linear)
-            )
+            each = view.projection
             assert self.flow is not None
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)
@@ -187,7 +185,8 @@ class Costs:
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
-        return ran, full
+        own = self.run.learned.flops(round(start) - encoder.prefix) if pictures and lengths else 0.0
+        return ran + pictures * own, full
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
 

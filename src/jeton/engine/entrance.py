@@ -16,6 +16,7 @@ from ..method import Method
 from ..needs import Need, PairedText, PromptNumber
 from ..tokens import gather
 from .aside import aside
+from .deepstack import Deepstack
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
 from .prompt import Prompt, padded
@@ -31,6 +32,7 @@ _UNKNOWN = (
 class Entrance:
     def __init__(self, prompt: Prompt, gallery: Gallery, methods: list[Method], virtual: bool = False) -> None:
         self.prompt, self.gallery, self.methods, self.virtual = prompt, gallery, methods, virtual
+        self.deepstack = Deepstack(prompt)
         self.asked: tuple[Tensor | None, dict | None] | None = None
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
 
@@ -40,6 +42,7 @@ class Entrance:
         run.hook(view.base.register_forward_hook(self._end))
         run.hook(view.decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
         run.hook(view.decoder.register_forward_hook(self._leave, with_kwargs=True))
+        self.deepstack.attach()
         run.undo(self._forget)
 
     def _forget(self) -> None:
@@ -118,6 +121,7 @@ class Entrance:
         prompt.run.enter()
         kwargs["position_ids"] = self._numbered(kwargs.get("position_ids"), tokens)
         if prompt.flow is not None:
+            self.deepstack.take(prompt.flow, kwargs)
             self._shorten(prompt.flow, kwargs)
         else:
             self._follow(kwargs)

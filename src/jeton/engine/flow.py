@@ -41,7 +41,7 @@ class Scene:
     """The pictures of one encoder call on their way: which tokens are left of each, and the signals recorded over the encoder's
     patches, (patches, ...) each. scores: what methods decided by, by their id, (R, M) over each image's tokens, for their later
     parts. met: a prompt has shown them. projected: tokens that went through the projector. encoded_patches: patches a packed
-    encoder ran on, None for all."""
+    encoder ran on, None for all. deep: features (R, K, D) of the tokens left, to be added to them further on."""
 
     album: Album
     rows: Rows
@@ -54,6 +54,7 @@ class Scene:
     trail: list[Step] = field(default_factory=list)
     given: dict[Need, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    deep: list[Tensor] = field(default_factory=list)
 
     @property
     def reduced(self) -> bool:

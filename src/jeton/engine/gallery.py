@@ -29,6 +29,7 @@ class Gallery:
     def __init__(self, prompt: Prompt, structure: str, groups: Groups) -> None:
         self.prompt, self.structure, self.groups = prompt, structure, groups
         self.scenes: dict[str, tuple[Any, Scene]] = {}
+        self.busy = False
 
     def attach(self) -> None:
         """Wrap the model's own methods that encode pictures."""
@@ -41,11 +42,15 @@ class Gallery:
 
         @functools.wraps(encode)
         def encoding(*args: Any, **kwargs: Any) -> Any:
+            if self.busy:  # one of these methods may call another
+                return encode(*args, **kwargs)
             self._open(stream, {**dict(zip(names, args, strict=False)), **kwargs})
+            self.busy = True
             try:
                 output = encode(*args, **kwargs)
                 self._close(stream, output)
             finally:
+                self.busy = False
                 self.prompt.scene = self.prompt.encoder.only = None
             return output
 

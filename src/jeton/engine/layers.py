@@ -201,7 +201,7 @@ class LayerSite:
         for old in (self.heard, self.fired, self.rated, self.ranks, self.raters):
             old.clear()  # type: ignore[attr-defined]
         if self.prompt.scene is not None:
-            self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
+            self.prompt.run.refuse_checkpointing(module, self.prompt.view.checkpointing)
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):

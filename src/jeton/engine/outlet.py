@@ -12,6 +12,7 @@ from ..method import Method
 from ..needs import Need
 from ..tokens import Tokens, gather
 from .aside import aside
+from .encoder import features_of
 from .flow import Step
 from .prompt import in_front
 
@@ -25,12 +26,17 @@ class Outlet:
         self.tokens: Tokens | None = None
 
     def attach(self) -> None:
-        self.run.hook(self.run.encoder.model.register_forward_hook(self._after))
+        self.run.hook(self.run.encoder.entrance.register_forward_pre_hook(self._forget))
+        self.run.hook(self.run.encoder.exit.register_forward_hook(self._after))
+
+    @aside
+    def _forget(self, module: nn.Module, args: tuple) -> None:
+        self.tokens = None
 
     @aside
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Reduce `last_hidden_state`; special tokens stay in front unless a method has decided on them itself."""
-        hidden = output[0]
+        hidden = features_of(output)
         run, site, prefix = self.run, self.run.site, self.run.encoder.prefix
         index = None if site.reduction is None else site.reduction.index
         place = site.place if index is None or site.place is None else site.place.gather(index)
@@ -41,6 +47,8 @@ class Outlet:
         self.tokens = tokens
         if tokens.features is hidden:
             return None
+        if isinstance(output, Tensor):
+            return tokens.features
         if isinstance(output, tuple):
             return (tokens.features, *output[1:])
         output.last_hidden_state = tokens.features

@@ -108,6 +108,7 @@ class Prompt:
         before = scene.rows
         scene.rows = _seat(reduction, tokens, before, after.mask) if tokens.prefix else Rows(after.origin, after.mask)
         scene.trail.append(Step(before, reduction, tokens.prefix, scene.rows))
+        scene.deep = [reduction.mix(features) for features in scene.deep]
         self._carry(method, reduction, tokens.prefix)
         mixed = tokens.size is not None or not reduction.is_drop
         place = scene.album.place.gather(scene.rows.slot)

@@ -57,7 +57,7 @@ class RuleSite:
         self._others = None
         if self.prompt.flow is not None:
             self.ran.clear()
-            self.prompt.run.refuse_checkpointing(module, self.prompt.view.layers[0])
+            self.prompt.run.refuse_checkpointing(module, self.prompt.view.checkpointing)
 
     # -- parts of a layer left out -----------------------------------------------------------------------------------------
 
@@ -90,9 +90,9 @@ class RuleSite:
         normed = parts.norm1(x)
         if rule.part in ("block", "attention"):
             self._remember(layer, normed, given)
-            return x if rule.part == "block" else x + parts.mlp(parts.norm2(x))
+            return x if rule.part == "block" else x + _mlp(parts, parts.norm2(x))
         attended = x + _attention(parts, normed, given)
-        return attended if rule.part == "ffn" else attended + parts.mlp(normed)
+        return attended if rule.part == "ffn" else attended + _mlp(parts, normed)
 
     def _visual(self, number: int, rule: Skip, parts: Parts, x: Tensor, given: dict) -> Tensor:
         """The visual tokens are skipped, the others are not. Attention runs for all of them, the MLP for those that need it."""
@@ -106,11 +106,11 @@ class RuleSite:
         if rule.part in ("attention", "parallel"):
             self.ran[number] = ("", x.shape[:2].numel())
             source = parts.norm2(attended)
-            return attended + parts.mlp(torch.where(skipped, normed, source) if rule.part == "parallel" else source)
+            return attended + _mlp(parts, torch.where(skipped, normed, source) if rule.part == "parallel" else source)
         self.ran[number] = ("", len(others))
         flat = attended.flatten(0, 1)
         fed = flat[others]
-        return flat.index_copy(0, others, fed + parts.mlp(parts.norm2(fed))).view_as(x)
+        return flat.index_copy(0, others, fed + _mlp(parts, parts.norm2(fed))).view_as(x)
 
     def _split(self, flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, 1) true at visual tokens, and the numbers of the others in the flattened sequence (one host sync a stage)."""
@@ -218,4 +218,8 @@ def layer_flops(
 
 def _attention(parts: Parts, normed: Tensor, given: dict) -> Tensor:
     out = parts.attention(hidden_states=normed, **given)
-    return out[0] if isinstance(out, tuple) else out
+    return parts.scale1(out[0] if isinstance(out, tuple) else out)
+
+
+def _mlp(parts: Parts, normed: Tensor) -> Tensor:
+    return parts.scale2(parts.mlp(normed))

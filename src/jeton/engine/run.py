@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 
 from ..layout import Layout
+from ..learned import Learned
 from ..method import Method, Unsupported, get
 from ..models import Encoder, VisionLanguage, adapt
 from ..needs import (
@@ -35,6 +38,7 @@ from .entrance import Entrance
 from .gallery import Gallery
 from .groups import Groups
 from .layers import LayerSite
+from .lessons import Lessons, Student
 from .loss import Loss
 from .outlet import Outlet
 from .projector import ProjectorSite
@@ -47,7 +51,15 @@ from .virtual import VirtualSite
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 
 
-def apply(model: nn.Module, method: str | Method, *, positions: str = "keep", newlines: str | None = None, **fields: Any) -> Run:
+def apply(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    positions: str = "keep",
+    newlines: str | None = None,
+    train: bool = False,
+    **fields: Any,
+) -> Run:
     """Reduce the visual tokens of `model` with `method` until the returned run is removed.
 
     Works as a context manager (``with jeton.apply(model, "divprune", keep=64) as run``) or until ``run.remove()``.
@@ -57,6 +69,9 @@ def apply(model: nn.Module, method: str | Method, *, positions: str = "keep", ne
     them without gaps, which is a different function and what some papers mean.
     newlines: what becomes of structure tokens (newlines of any-resolution models): "keep", "drop" or "pool" (let them compete);
     None leaves it to the method.
+    train: for an encoder (with or without a task head) and a method that is trained: tokens stay and are masked, so that
+    gradients reach what decides about them. `run.student()` is what to train, `run.losses()` what the method adds to the loss,
+    `run.save` writes what was learned; see `jeton.learned`.
 
     Raises `Unsupported` if the model lacks what the method needs, `ValueError` for bad arguments, `RuntimeError` if the model
     already has a method applied.
@@ -66,18 +81,20 @@ def apply(model: nn.Module, method: str | Method, *, positions: str = "keep", ne
     if newlines not in (None, "keep", "drop", "pool"):
         raise ValueError(f'newlines must be "keep", "drop" or "pool", got {newlines!r}.')
     made = get(method, **fields)
-    return Run(model, list(made.parts()), made.spec, positions, newlines).attach()
+    return Run(model, list(made.parts()), made.spec, positions, newlines, train).attach()
 
 
 def watch(model: nn.Module) -> Run:
     """Attach only the counters and the clock: the report of the unreduced model."""
-    return Run(model, [], "none", "keep", None).attach()
+    return Run(model, [], "none", "keep", None, False).attach()
 
 
 class Run:
     """One method, or a sequence of them, on one model."""
 
-    def __init__(self, model: nn.Module, methods: list[Method], spec: str, positions: str, newlines: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, methods: list[Method], spec: str, positions: str, newlines: str | None, train: bool
+    ) -> None:
         self.view = adapt(model)
         self.encoder = self.view if isinstance(self.view, Encoder) else self.view.encoder
         self._parts: list[Any] = [model, self.encoder.model]
@@ -89,7 +106,7 @@ class Run:
                 f"{type(model).__name__} already has {running.spec} applied; call its run.remove() first, or apply both at once "
                 f'as "{running.spec} | {spec}".'
             )
-        self.model, self.methods, self.newlines = model, methods, newlines
+        self.model, self.methods, self.newlines, self.train = model, methods, newlines, train
         self.spec: str = spec
         self.compact = positions == "compact"
         self.virtual = any(method.virtual for method in methods)
@@ -104,6 +121,7 @@ class Run:
         self.outlet: Outlet | None = None
         self.rules: RuleSite | None = None
         depth = self.view.feature_block + 1 if isinstance(self.view, VisionLanguage) else len(self.encoder.blocks)
+        self.learned = Lessons(self.encoder, depth, methods, train)
         late: set[Need] = {
             need
             for method in methods
@@ -211,6 +229,29 @@ class Run:
         return self.site.reduction
 
     @property
+    def softened(self) -> list[Tokens]:
+        """In training: the tokens as each step of the last forward left them."""
+        return self.site.softened
+
+    def losses(self) -> dict[str, Tensor]:
+        """In training: what the method adds to the loss of its task, of the last forward, by name."""
+        method = self.methods[0]
+        assert isinstance(method, Learned)
+        return method.losses(self.softened, self.modules_of(method), self.learned.shape)
+
+    def student(self) -> Student:
+        """The model and what is learned beside it, as one module to train."""
+        return Student(self.model, self.learned)
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write what each method has learned to ``folder/<id>.safetensors``; `weights=` reads it. The model saves itself."""
+        return self.learned.save(folder)
+
+    def modules_of(self, method: Method) -> nn.Module | None:
+        """What a method has learned, or is learning."""
+        return self.learned.of(method)
+
+    @property
     def layout(self) -> Layout | None:
         """The span map of the last prefill."""
         return None if self.costs.flow is None else self.costs.flow.layout
@@ -225,13 +266,21 @@ class Run:
     def _check(self) -> None:
         """Refuse what the model cannot do, before anything runs."""
         language = isinstance(self.view, VisionLanguage)
+        if self.train:
+            self._check_training()
+        finishing = [method for method in self.methods if method.finishes]
+        inside = [method for method in self.methods if method.site in ("block", "pixels")]
+        if finishing and len(inside) > 1:
+            raise Unsupported(
+                f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
+                f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
+            )
+        self.encoder.check(self.model)
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
             if method.resizes and not self.encoder.resizable:
-                self._refuse(
-                    method, "takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool"
-                )
+                self._refuse(method, *self.encoder.fixed)
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
@@ -264,6 +313,15 @@ class Run:
                 "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "
                 'the model with attn_implementation="sdpa" or set proportional=False.'
             )
+
+    def _check_training(self) -> None:
+        """Only what is trained, on an encoder alone."""
+        for method in self.methods:
+            if not isinstance(method, Learned) or len(self.methods) > 1:
+                raise ValueError(f"{self.spec} cannot be trained: train=True takes one method that learns, alone.")
+        if isinstance(self.view, VisionLanguage) or self.encoder.packed:
+            name = self.methods[0].card.id
+            self._refuse(self.methods[0], "is no encoder that keeps pictures apart", f"an image classifier to train {name} on")
 
     def _check_virtual(self) -> None:
         virtual = next((method for method in self.methods if method.virtual), None)
@@ -328,9 +386,9 @@ class Run:
                 f"ask for fewer, or for a fraction such as keep=0.25."
             )
 
-    def refuse_checkpointing(self, module: nn.Module, layer: nn.Module) -> None:
+    def refuse_checkpointing(self, module: nn.Module, again: bool) -> None:
         """Refuse what runs layers a second time in the backward pass, when the state of their forward is gone."""
-        if module.training and getattr(layer, "gradient_checkpointing", False):
+        if again:
             raise Unsupported(
                 f"{self.spec} acts between layers of {type(module).__name__}, which gradient checkpointing runs again later; "
                 "call model.gradient_checkpointing_disable(), or use a method of the site encoder or entry."

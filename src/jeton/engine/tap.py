@@ -2,6 +2,7 @@
 
 A model's attention implementation is swapped, for the time of a run, for a registered twin that looks up the calling module.
 Modules nobody listens to go straight through; others may record signals from q and k, or have a bias per key added to the mask.
+Modules that call torch's `scaled_dot_product_attention` themselves (timm) are heard there, whatever else they do around it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -31,8 +34,8 @@ class Listener:
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         """Take what is needed from q (B, H, R, d), k and v (B, Hk, N, d)."""
 
-    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """What stands in for this call's result, made with `attention(q, k, v, mask)`; None to leave the call alone."""
+    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+        """What stands in for this call's result, made with `original(q, k, v, mask)`; None to leave the call alone."""
         return None
 
 
@@ -47,11 +50,19 @@ class Taps:
         self.model = model
         self.heard: list[nn.Module] = []
         self.saved: list[tuple[Any, str | None]] = []
+        self.stood_in: list[tuple[nn.Module, dict[str, Any]]] = []
 
-    def listen(self, attention: nn.Module, listener: Listener) -> None:
+    def listen(self, attention: nn.Module, listener: Listener, functional: bool = False) -> None:
+        """Hear an attention module; `functional` ones call torch's function themselves."""
         for module in attention.modules():
             module.__dict__.setdefault(LISTENERS, []).append(listener)
             self.heard.append(module)
+        if functional and all(module is not attention for module, _ in self.stood_in):
+            own = {name: attention.__dict__[name] for name in ("forward", "fused_attn") if name in attention.__dict__}
+            self.stood_in.append((attention, own))
+            attention.forward = _overheard(attention, attention.forward, own.get("fused_attn", True))  # type: ignore[method-assign]
+            if "fused_attn" in own:  # timm's other branch multiplies by hand, where nothing is heard: `_by_hand` does so here
+                attention.fused_attn = True
 
     def open(self) -> None:
         """Swap the attention implementation of every configuration in the model for its tapped twin."""
@@ -73,6 +84,10 @@ class Taps:
             config._attn_implementation_internal = current
         for module in self.heard:
             module.__dict__.pop(LISTENERS, None)
+        for module, own in self.stood_in:
+            module.__dict__.pop("forward", None)
+            module.__dict__.update(own)
+        self.stood_in.clear()
         self.saved.clear()
         self.heard.clear()
 
@@ -94,7 +109,8 @@ def _tapped(implementation: str) -> Callable:
         if listeners is None:
             return original(module, query, key, value, attention_mask, **extra)
         attention = functools.partial(original, module, **extra)
-        attention_mask, made = _told(listeners, attention, query, key, value, attention_mask, extra)
+        scale = extra.get("scaling") or query.shape[-1] ** -0.5
+        attention_mask, made = _told(listeners, attention, query, key, value, attention_mask, scale, extra)
         return attention(query, key, value, attention_mask) if made is None else made
 
     return forward
@@ -102,10 +118,16 @@ def _tapped(implementation: str) -> Callable:
 
 @aside
 def _told(
-    listeners: list[Listener], attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Any, extra: dict[str, Any]
+    listeners: list[Listener],
+    attention: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scale: float,
+    extra: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """The mask with the listeners' bias, and what stands in for the call's result, if anything."""
-    scale = extra.get("scaling") or query.shape[-1] ** -0.5
+    """One attention call's mask with its listeners' bias, and what stands in for its result, if anything."""
     for listener in listeners:
         bias = listener.bias(query, key)
         if bias is not None:
@@ -117,6 +139,52 @@ def _told(
         if made is not None:
             return mask, made
     return mask, None
+
+
+def _overheard(module: nn.Module, forward: Callable, fused: bool) -> Callable:
+    @aside
+    @functools.wraps(forward)
+    def overheard(*args: Any, **kwargs: Any) -> Any:
+        with _Overhearing(getattr(module, LISTENERS, []), scaled_dot_product_attention if fused else _by_hand):
+            return forward(*args, **kwargs)
+
+    return overheard
+
+
+class _Overhearing(TorchFunctionMode):
+    """Hears the calls of `scaled_dot_product_attention` made while it is active, and has them done by `done_by`."""
+
+    def __init__(self, listeners: list[Listener], done_by: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.listeners, self.done_by = listeners, done_by
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        return self._attend(*args, **kwargs) if func is scaled_dot_product_attention else func(*args, **kwargs)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        if is_causal:  # a mask of its own and a bias on top do not go together
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return self.done_by(q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+
+        size = query.shape[-1] ** -0.5 if scale is None else scale
+        mask, made = _told(self.listeners, attention, query, key, value, attn_mask, size, {})
+        return attention(query, key, value, mask) if made is None else made
+
+
+def _by_hand(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """Attention as timm writes it where it is not to be fused."""
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return dropout(scores.softmax(dim=-1), dropout_p, training=dropout_p > 0) @ v
 
 
 def _original(module: nn.Module, implementation: str) -> Callable:

@@ -166,7 +166,7 @@ class _Listener(Listener):
     def __init__(self, site: VirtualSite, layer: nn.Module) -> None:
         self.site, self.layer = site, layer
 
-    def attend(self, attention: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
         map = self.site.map()
         if map is None:
             return None
@@ -177,7 +177,7 @@ class _Listener(Listener):
             queries = map.query.shape[1]
             query = self._stretched(query, map.query.clamp(min=0), map.cos[:, -queries:], map.sin[:, -queries:])
         mask = map.mask(query.dtype, query.shape[2], extra.get("sliding_window"))
-        mixed, weights = attention(query, key, value, mask)
+        mixed, weights = original(query, key, value, mask)
         return (mixed if map.query is None else _averaged(mixed, map.query, map.real[:, -queries:], short)), weights
 
     def _stretched(self, x: Tensor, owner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

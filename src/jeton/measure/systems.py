@@ -46,6 +46,7 @@ _SIGNALS = {
     "PixelVariance": "how much the pixels of each token vary",
     "Entered": "how many tokens entered the language model",
     "Neurons": "which MLP neurons each token activates",
+    "Trained": "modules of its own, trained",
     "NeuronCounts": "how many tokens activate each MLP neuron",
 }
 

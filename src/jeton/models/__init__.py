@@ -1,25 +1,12 @@
 """What jeton knows of each model family. One small file per family; `adapt` finds the view for a model."""
 
-from . import bridged, clip, idefics3, llava, llava_next, llava_onevision, pixtral, qwen2_5_vl, qwen2_vl, vit
+import importlib
+import pkgutil
+
 from .base import Encoder, Parts, Registry, VisionLanguage, adapt, adapter
 from .clip_text import ClipText
 
-__all__ = [
-    "ClipText",
-    "Encoder",
-    "Parts",
-    "Registry",
-    "VisionLanguage",
-    "adapt",
-    "adapter",
-    "bridged",
-    "clip",
-    "idefics3",
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    "pixtral",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "vit",
-]
+for _module in pkgutil.iter_modules(__path__):  # every family registers itself by being imported
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ClipText", "Encoder", "Parts", "Registry", "VisionLanguage", "adapt", "adapter"]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..layout import Geometry
+from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
 
@@ -53,9 +56,12 @@ class Encoder:
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
     travel in one sequence (no batch axis), so tokens cannot leave inside a block. joint: a packed encoder whose attention sees
     all pictures in one call, kept apart by a mask, so that each query is multiplied with the keys of all. groups: a packed
-    encoder from which whole merge groups may leave before it runs (`shortened`). resizable: it takes pictures of other sizes as
-    pixels. pooling: the head that is handed a token mask as its second argument, where there is one. pixel_mean, pixel_std: how
-    the family's processor normalises pixels unless told otherwise.
+    encoder from which whole merge groups may leave before it runs (`shortened`); outputs: where its output holds what is made of
+    groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
+    pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
+    tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and no function
+    of transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
+    normalises pixels unless told otherwise.
     """
 
     prefix: int = 0
@@ -63,8 +69,13 @@ class Encoder:
     packed: bool = False
     joint: bool = False
     groups: bool = False
+    outputs: tuple[str, ...] = ("pooler_output",)
     resizable: bool = True
+    fixed: tuple[str, str] = ("takes flattened patches, not pictures", "a smaller max_num_patches in its processor, or pool")
     pooling: nn.Module | None = None
+    pools_special: bool = False
+    functional: bool = False
+    argument: str = "pixel_values"
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -75,12 +86,44 @@ class Encoder:
     def name(self) -> str:
         return type(self.model).__name__
 
+    def check(self, top: nn.Module) -> None:
+        """Raise `Unsupported` where this very model, held by `top` (itself or a model with a head), is one that no method can act
+        on, whatever it is."""
+
+    @property
+    def entrance(self) -> nn.Module:
+        """The module that is called with the pixels first: the model, unless it is used without being called itself."""
+        return self.model
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module whose output is, or starts with, the encoder's tokens."""
+        return self.model
+
     @property
     def blocks(self) -> list[nn.Module]:
         raise NotImplementedError
 
     def parts(self, block: nn.Module) -> Parts:
         raise NotImplementedError
+
+    def handed(self, block: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a block hands to its attention beside the tokens, given what it is handed itself: masks (B or 1, H or 1, N or 1,
+        N) and pairs of rotary tables (P, d), all for the full sequence. They are cut to the tokens that are left."""
+        return kwargs
+
+    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""
+        return inputs
+
+    def averaged(self, top: nn.Module) -> nn.Module | None:
+        """The module that is handed the mean of all patches, in this model or in `top`; None where no head averages."""
+        return None
+
+    def pooled(self, features: Tensor, weight: Tensor) -> Tensor:
+        """(B, D) what `averaged` is handed, for tokens (B, N, D) that stand for `weight` (B, N) patches each."""
+        share = weight / weight.sum(1, keepdim=True)
+        return torch.einsum("bn,bnd->bd", share.to(features.dtype), features)
 
     def attention(self, block: nn.Module) -> nn.Module:
         """The module that calls the attention function (or holds the one that does)."""
@@ -120,8 +163,15 @@ class Encoder:
 
     def smaller(self, inputs: Inputs, picture: Callable[[Tensor, tuple[int, int], int], Tensor], grid: tuple[int, int]) -> dict:
         """Inputs for the same encoder on a smaller picture of `grid` patches, position embeddings interpolated."""
-        pixels = picture(inputs["pixel_values"], grid, self.patch_size)
-        return {**inputs, "pixel_values": pixels, "interpolate_pos_encoding": True}
+        small = {**inputs, "pixel_values": picture(inputs["pixel_values"], grid, self.patch_size)}
+        if "interpolate_pos_encoding" in signature(self.entrance.forward).parameters:
+            small["interpolate_pos_encoding"] = True
+        return small
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks run a second time in the backward pass."""
+        return self.model.training and getattr(self.blocks[0], "gradient_checkpointing", False)
 
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """One layer's record, per attention call (packed encoders call once per picture or window), in the order of patches."""
@@ -130,6 +180,21 @@ class Encoder:
     def keys(self, block: int, n: int) -> int:
         """Keys each token attends to in a block, of n tokens in its picture."""
         return n
+
+    def shape(self, depth: int) -> Shape:
+        """What a learned method builds its modules for; `depth` blocks feed what is handed on."""
+        config = self.model.config
+        heads = getattr(config, "num_attention_heads", None) or config.num_heads
+        return Shape(self.dims[0], heads, depth, self.usual_patches, self.prefix)
+
+    @property
+    def usual_patches(self) -> int:
+        """Patches of a picture of the size in the configuration."""
+        config = self.model.config
+        if not hasattr(config, "image_size"):
+            return config.num_patches
+        sides = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        return (sides[0] // self.patch_size) * (sides[1] // self.patch_size)
 
     @property
     def dims(self) -> tuple[int, int, bool]:
@@ -146,7 +211,8 @@ class VisionLanguage:
     none. mixes: patches are mixed into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside
     the encoder one by one, and methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
     told_by_prompt: only the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the
-    tokens of one image; it is text to the model, and stays.
+    tokens of one image; it is text to the model, and stays. deepstack: the decoder's argument with features that are added to
+    visual tokens behind its first layers, and its method that adds them.
     """
 
     language: str = "language_model"
@@ -156,6 +222,7 @@ class VisionLanguage:
     rotary_rows: int = 1
     told_by_prompt: bool = False
     marks: str = ""
+    deepstack: tuple[str, str] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -232,6 +299,11 @@ class VisionLanguage:
         return self.decoder.rotary_emb
 
     @property
+    def checkpointing(self) -> bool:
+        """Whether layers run a second time in the backward pass."""
+        return self.decoder.training and getattr(self.layers[0], "gradient_checkpointing", False)
+
+    @property
     def feature_block(self) -> int:
         """The encoder block whose output is handed on."""
         index = getattr(self.model.config, "vision_feature_layer", -1)
@@ -254,6 +326,12 @@ class VisionLanguage:
     def visual(self, input_ids: Tensor, stream: str) -> Tensor:
         """(B, L) true at the columns that hold visual tokens of this kind."""
         return input_ids == getattr(self.model.config, f"{stream}_token_id")
+
+    @property
+    def projection(self) -> float:
+        """FLOPs of the projector for one token."""
+        parts = [] if self.projector is None else self.projector.modules()
+        return float(sum(2 * part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear)))
 
     def between(self, length: int) -> float:
         """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of

@@ -27,43 +27,75 @@ def rows(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None =
     return scores if logits else scores.softmax(-1)
 
 
-def received(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None, slab: int = 128) -> Tensor:
+def received(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    slab: int = 128,
+    bias: Tensor | None = None,
+) -> Tensor:
     """(B, N) float32: the attention each token receives, averaged over all real queries and heads; q and k over the same N.
 
-    `mask` (B, N) is true where a token is real. Queries are taken `slab` at a time, so no N x N map is stored.
+    `mask` (B, N) is true where a token is real. `bias`, broadcastable to (B, H, N, N), is what attention itself was masked with.
+    Queries are taken `slab` at a time, so no N x N map is stored.
     """
     n = q.shape[2]
     queries = n if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
-    return _given(q, k, scale, mask, mask, slab) / queries
+    return _given(q, k, scale, mask, mask, slab, bias) / queries
 
 
 def anchored(
-    q: Tensor, k: Tensor, threshold: float, scale: float | None = None, mask: Tensor | None = None, slab: int = 128
+    q: Tensor,
+    k: Tensor,
+    threshold: float,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    slab: int = 128,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """(B, N) float32: the attention each token receives from the anchors, averaged over them and over heads.
 
     Anchors receive more than `threshold` times the mean of `received`; where none does, all real tokens are anchors. Two passes,
     `slab` queries at a time.
     """
-    score = received(q, k, scale, mask, slab)
+    score = received(q, k, scale, mask, slab, bias)
     real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
     mean = score.masked_fill(~real, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
     anchor = real & (score > threshold * mean)
     anchor = torch.where(anchor.any(1, keepdim=True), anchor, real)
-    return _given(q, k, scale, mask, anchor, slab) / anchor.sum(1, keepdim=True).clamp(min=1)
+    return _given(q, k, scale, mask, anchor, slab, bias) / anchor.sum(1, keepdim=True).clamp(min=1)
 
 
-def _given(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None, queries: Tensor | None, slab: int) -> Tensor:
+def _given(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    mask: Tensor | None,
+    queries: Tensor | None,
+    slab: int,
+    bias: Tensor | None = None,
+) -> Tensor:
     """(B, N) the attention that the queries (B, N) give to each token, summed over them and averaged over heads."""
     b, h, n, _ = q.shape
     total = torch.zeros(b, n, dtype=torch.float32, device=q.device)
     keys = None if mask is None else mask[:, None, None, :]
     for start in range(0, n, slab):
-        part = rows(q[:, :, start : start + slab], k, scale, keys)
+        part = rows(q[:, :, start : start + slab], k, scale, _joined(keys, bias, start, slab))
         if queries is not None:  # where, not times: a row without any real key is NaN
             part = part.masked_fill(~queries[:, None, start : start + slab, None], 0)
         total = total + part.sum((1, 2))
     return total / h
+
+
+def _joined(keys: Tensor | None, bias: Tensor | None, start: int, slab: int) -> Tensor | None:
+    """The mask of one slab of queries: real keys and what attention was masked with."""
+    if bias is None:
+        return keys
+    part = bias if bias.shape[2] == 1 else bias[:, :, start : start + slab]
+    if keys is None:
+        return part
+    return part & keys if part.dtype == torch.bool else part.float().masked_fill(~keys, -torch.inf)
 
 
 def bias(size: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

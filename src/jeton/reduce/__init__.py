@@ -1,1 +1,1 @@
-"""Visual token reduction without training: one file per system, named by its id."""
+"""Visual token reduction: one file per system, named by its id."""

@@ -35,6 +35,26 @@ def check_ratio(ratio: object) -> None:
     check_keep(1.0 if ratio == 1 and not isinstance(ratio, bool) else ratio, "ratio")
 
 
+def check_locations(locations: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of encoder blocks, as given."""
+    found = tuple(locations)
+    if not found or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in found):
+        raise ValueError(f"locations must be block numbers from 0, such as (3, 6, 9), got {locations!r}.")
+    return found
+
+
+def blocks_of(who: str, locations: Sequence[int] | None, depth: int) -> list[int]:
+    """The encoder blocks of `locations`, or (3, 6, 9) of 12 and in proportion for other depths."""
+    if locations is None:
+        return sorted({max(1, depth * part // 4) for part in (1, 2, 3)} & set(range(depth))) or [0]
+    if max(locations) >= depth:
+        raise ValueError(
+            f"{who}(locations={tuple(locations)}) needs block {max(locations)}, but there are only {depth} "
+            f"blocks; use blocks 0 to {depth - 1}, or locations=None."
+        )
+    return sorted(set(locations))
+
+
 def attention(score: str, layer: int | None) -> Need:
     """The signal behind `score` at `layer`."""
     return ClassAttention(layer=layer) if score == "class" else ReceivedAttention(layer=layer)

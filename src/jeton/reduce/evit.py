@@ -15,7 +15,7 @@ from ..ops.budget import geometrically
 from ..ops.merging import merge
 from ..ops.ranking import rank
 from ..tokens import Reduction, Tokens
-from ._common import attention, check_ratio, check_score, quota, score_of
+from ._common import attention, blocks_of, check_locations, check_ratio, check_score, quota, score_of
 
 Size = TypeVar("Size", int, Tensor)
 
@@ -55,9 +55,7 @@ class EViT(Method):
             check_keep(self.keep)
         check_score(self.score)
         if self.locations is not None:
-            object.__setattr__(self, "locations", tuple(self.locations))
-            if not self.locations or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in self.locations):
-                raise ValueError(f"locations must be block numbers from 0, such as (3, 6, 9), got {self.locations!r}.")
+            object.__setattr__(self, "locations", check_locations(self.locations))
 
     def needs(self) -> dict[str, Need]:
         return {"attention": attention(self.score, layer=None)}
@@ -88,22 +86,12 @@ class EViT(Method):
         return replace(step, order=place.gather(1, step.index))
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
-        stages = self._stages(depth)
+        stages = blocks_of("evit", self.locations, depth)
         plan = dict(zip(stages, self._plan(n, len(stages)), strict=True))
         return [(replace(self, keep=plan[x]) if self.keep else self) if x in plan else None for x in range(depth)]
 
     def promise(self, n: int, depth: int = 12) -> Promise:
-        return Promise(self._plan(n, len(self._stages(depth)))[-1])
-
-    def _stages(self, depth: int) -> list[int]:
-        if self.locations is None:
-            return sorted({max(1, depth * part // 4) for part in (1, 2, 3)} & set(range(depth))) or [0]
-        if max(self.locations) >= depth:
-            raise ValueError(
-                f"evit(locations={self.locations}) needs block {max(self.locations)}, but there are only {depth} "
-                f"blocks; use blocks 0 to {depth - 1}, or locations=None."
-            )
-        return sorted(set(self.locations))
+        return Promise(self._plan(n, len(blocks_of("evit", self.locations, depth)))[-1])
 
     def _plan(self, n: int, stages: int) -> list[int]:
         """Patches after each stage, the fused one counted."""

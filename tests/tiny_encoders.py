@@ -1,0 +1,92 @@
+"""Tiny encoders: DINOv3, ViT-MAE, BEiT, I-JEPA, VideoMAE and timm's VisionTransformer, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import tiny
+import with_timm
+
+STEPS = 2  # a video has so many steps of two frames
+
+
+def tiny_dinov3(**more: Any) -> nn.Module:
+    config = transformers.DINOv3ViTConfig(**tiny.vision(num_register_tokens=2, **more))
+    return tiny.ready(transformers.DINOv3ViTModel(config))
+
+
+def tiny_vit_mae() -> nn.Module:
+    return tiny.ready(transformers.ViTMAEModel(transformers.ViTMAEConfig(**tiny.vision(mask_ratio=0.0))))
+
+
+def tiny_beit(**more: Any) -> nn.Module:
+    """With a bias of its own in each block, as the published ones have it."""
+    config = transformers.BeitConfig(**tiny.vision(**{"use_relative_position_bias": True, "layer_scale_init_value": 0.5, **more}))
+    return tiny.ready(transformers.BeitModel(config))
+
+
+def tiny_ijepa() -> nn.Module:
+    return tiny.ready(transformers.IJepaModel(transformers.IJepaConfig(**tiny.vision())))
+
+
+def tiny_videomae() -> nn.Module:
+    """Two steps of 4 x 4 tokens, each 2 frames of 4 x 4 pixels."""
+    sizes = tiny.vision(image_size=4 * tiny.PATCH, num_frames=2 * STEPS, tubelet_size=2, use_mean_pooling=False)
+    return tiny.ready(transformers.VideoMAEModel(transformers.VideoMAEConfig(**sizes)))
+
+
+def tiny_timm(cls: str = "VisionTransformer", **more: Any) -> nn.Module:
+    """timm's, with registers; it hands on its tokens, not a class."""
+    with_timm.timm()
+    from timm.models import deit, vision_transformer
+
+    sizes = {
+        "embed_dim": 32,
+        "depth": 5,
+        "num_heads": 4,
+        "mlp_ratio": 1.5,
+        "img_size": tiny.SIDE * tiny.PATCH,
+        "patch_size": tiny.PATCH,
+    }
+    own = {"num_classes": 0, "global_pool": "", "init_values": 0.5, "reg_tokens": 2, "qk_norm": True, "dynamic_img_size": True}
+    if cls == "VisionTransformerDistilled":
+        return tiny.ready(deit.VisionTransformerDistilled(**sizes, num_classes=0, **more))
+    return tiny.ready(vision_transformer.VisionTransformer(**{**sizes, **own, **more}))
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "DINOv3ViTModel": tiny_dinov3,
+    "ViTMAEModel": tiny_vit_mae,
+    "BeitModel": tiny_beit,
+    "IJepaModel": tiny_ijepa,
+    "VideoMAEModel": tiny_videomae,
+}
+if with_timm.has_timm():
+    BUILDERS["VisionTransformer"] = tiny_timm
+    BUILDERS["VisionTransformerDistilled"] = lambda: tiny_timm("VisionTransformerDistilled")
+
+
+def attend(net: nn.Module, attention: str) -> None:
+    """timm's models have a switch in each attention, where others have an implementation."""
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention != "eager"
+
+
+def pictures(net: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Tensor] | None:
+    """Inputs of one of these; None for other encoders."""
+    kind = getattr(getattr(net, "config", None), "model_type", "timm")
+    size = tiny.SIDE * tiny.PATCH
+    if kind == "timm":
+        return {"x": torch.randn(batch, 3, size, size, generator=generator)}
+    if kind == "videomae":
+        return {"pixel_values": torch.randn(batch, 2 * STEPS, 3, 4 * tiny.PATCH, 4 * tiny.PATCH, generator=generator)}
+    if kind == "vit_mae":  # in order, so that the model alone has the order that jeton gives it
+        noise = torch.arange(float(tiny.SIDE**2)).expand(batch, -1)
+        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator), "noise": noise}
+    return None

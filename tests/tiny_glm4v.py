@@ -1,0 +1,58 @@
+"""A tiny GLM-4V. Videos are written with image tokens, one run a frame; no batch has both images and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import tiny
+from tiny_qwen3_vl import written
+
+
+def tiny_glm4v() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    config = transformers.Glm4vConfig(
+        vision_config={
+            "depth": 5,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": tiny.PATCH,
+            "image_size": 6 * tiny.PATCH,
+            "out_hidden_size": 64,
+        },
+        text_config={**tiny._text(), "max_position_embeddings": 1024, "rope_parameters": rope},
+        image_token_id=tiny.IMAGE,
+        video_token_id=tiny.VIDEO,
+        image_start_token_id=tiny.START,
+        image_end_token_id=tiny.END,
+        video_start_token_id=7,
+        video_end_token_id=8,
+    )
+    return tiny.ready(transformers.Glm4vForConditionalGeneration(config))
+
+
+def tiny_glm4v_tower() -> nn.Module:
+    return tiny.ready(transformers.Glm4vVisionModel(tiny_glm4v().config.vision_config))
+
+
+def pictures(
+    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
+) -> tuple[tiny.Inputs, list[int], list[Tensor]]:
+    inputs, counts, _ = tiny._qwen_pictures(net, images, generator)
+    marks = [written(frames, count // frames, tiny.IMAGE) for (frames, *_), count in zip(images, counts, strict=True)]
+    return inputs, counts, marks
+
+
+tiny.BUILDERS |= {
+    "Glm4vVisionModel": tiny_glm4v_tower,
+    "Glm4vForConditionalGeneration": tiny_glm4v,
+    "Glm4vModel": lambda: tiny_glm4v().model,
+}
+tiny.SHAPES["glm4v"] = [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((1, 6, 8),)]
+tiny.PICTURES["glm4v"] = pictures
+tiny.COORDINATES |= {"glm4v"}
+tiny.BY_ONE |= {"glm4v"}
