@@ -19,7 +19,7 @@ from torch import Tensor
 from ..layout import Album, Layout, Rows, read_layout
 from ..needs import Given, Need
 from ..tokens import Reduction
-from .aside import aside
+from .aside import aside, stand_in
 from .flow import Flow, Scene, Step
 from .groups import Groups
 from .prompt import Prompt
@@ -40,6 +40,7 @@ class Gallery:
     def _encoding(self, stream: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(encode).parameters)
 
+        @stand_in
         @functools.wraps(encode)
         def encoding(*args: Any, **kwargs: Any) -> Any:
             if self.busy:  # one of these methods may call another
