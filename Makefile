@@ -18,8 +18,9 @@ test: .venv/testing
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(if $(SLOW),,-m "not slow")
 
-docs: .venv/installed
+docs: .venv/testing
 	$(BIN)/python -m jeton.measure.systems
+	$(BIN)/python tests/with_timm.py jeton.measure.support
 
 clean:
 	rm -rf .venv report

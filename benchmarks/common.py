@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
+import itertools
 import json
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from jeton.measure.machine import describe
 
@@ -82,8 +82,8 @@ def interleave(full: Callable[[], float], reduced: Callable[[], float], rounds: 
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes a call needs at most beyond what is there before it; None where this cannot be known."""
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors a call needs at most beyond what is there before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -91,24 +91,12 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    return _process_peak(call)
-
-
-def _process_peak(call: Callable[[], object]) -> int | None:
-    """Growth of this process's resident memory, by Linux's own high-water mark, from where freed memory is given back."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")
-        before = _kilobytes(status, "VmRSS")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-        return max(0, _kilobytes(status, "VmHWM") - before) * 1024
-    return None
-
-
-def _kilobytes(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1])
+    # resident memory is no measure: it swings by half of itself between equal calls
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 # -- models --------------------------------------------------------------------------------------------------------------
@@ -164,8 +152,8 @@ def milliseconds(spread: Spread) -> str:
     return f"{spread.median * 1e3:.2f} [{spread.low * 1e3:.2f}, {spread.high * 1e3:.2f}]"
 
 
-def megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f}"
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:.0f}"
 
 
 def budget(text: str) -> int | float:

@@ -55,8 +55,8 @@ class Row:
     speedup: Spread
     realised: float
     selection: float
-    memory_full: int | None
-    memory: int | None
+    memory_full: int
+    memory: int
 
 
 def chosen(names: list[str] | None, keeps: list[int | float]) -> Iterator[tuple[Method, int | float]]:

@@ -155,8 +155,8 @@ class Row:
     selection: float
     stages_full: dict[str, Spread]
     stages: dict[str, Spread]
-    memory_full: int | None
-    memory: int | None
+    memory_full: int
+    memory: int
 
 
 class Bench:

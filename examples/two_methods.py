@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jeton
 from jeton.demo import prompt
-from jeton.measure.picture import overlay
+from jeton.engine.picture import overlay
 
 demo = jeton.load_demo()
 example = demo.examples[0]

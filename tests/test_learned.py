@@ -144,7 +144,7 @@ def test_without_its_weights_a_method_is_refused(tmp_path: Path, what: str):
 
 def test_weights_for_another_encoder_are_refused():
     net = tiny.ready(tiny.transformers.ViTModel(tiny.transformers.ViTConfig(**tiny.vision(hidden_size=16))))
-    with pytest.raises(ValueError, match="do not fit this method"):
+    with pytest.raises(ValueError, match="do not fit dynamicvit"):
         apply(net, "dynamicvit", weights=trained.weights("dynamicvit"))
     with pytest.raises(TypeError, match="path"):
         get("dynamicvit", weights=3)

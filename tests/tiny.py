@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-import tiny_encoders
 from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 INSIDE = (7, 8, 9)  # what families write between the tokens of one image
+TILE: dict[str, tuple[int, ...]] = {}  # families whose images are several pictures, with an image that is one
 BY_ONE: set[str] = set()  # families that repeat the pictures of a prompt for its beams one by one
 COORDINATES = {"qwen2"}  # families whose positions are time, height and width, told by the types of tokens
 SIDE, PATCH = 7, 4  # an encoder sees SIDE x SIDE patches of PATCH pixels
@@ -134,6 +134,11 @@ def tiny_llava_next() -> nn.Module:
     return ready(transformers.LlavaNextForConditionalGeneration(config))
 
 
+def tiny_bridged_next() -> nn.Module:
+    """LLaVA-NeXT whose crops' 6 x 6 patches are pooled to 3 x 3 tokens behind the projector."""
+    return attach(tiny_llava_next(), "m3", tokens=9)
+
+
 def tiny_llava_next_video() -> nn.Module:
     """LLaVA-NeXT-Video: frames of 6 x 6 patches pooled to 3 x 3."""
     side = 24
@@ -207,9 +212,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VisionTransformerPretrainedModel": tiny_qwen2_tower,
     "LlavaForConditionalGeneration": tiny_llava,
     "BridgedLlava": tiny_bridged,
+    "BridgedLlavaNext": tiny_bridged_next,
     "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
     "LlavaModel": lambda: tiny_llava().model,
     "BridgedLlavaModel": lambda: tiny_bridged().model,
+    "BridgedLlavaNextModel": lambda: tiny_bridged_next().model,
     "LlavaNextForConditionalGeneration": tiny_llava_next,
     "LlavaNextModel": lambda: tiny_llava_next().model,
     "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,
@@ -220,7 +227,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
     "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
     "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
-    **tiny_encoders.BUILDERS,
 }
 
 
@@ -228,11 +234,21 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
-    if hasattr(made, "set_attn_implementation"):
-        made.set_attn_implementation(attention)
+    language = getattr(getattr(made, "model", made), "language_model", made)
+    if not hasattr(made, "set_attn_implementation"):
+        attend(made, attention)
+    elif attention == "sdpa" and not language._supports_sdpa:
+        made.set_attn_implementation({"text_config": "eager", "vision_config": attention})
     else:
-        tiny_encoders.attend(made, attention)
+        made.set_attn_implementation(attention)
     return made.to(dtype)
+
+
+def attend(net: nn.Module, attention: str) -> None:
+    """timm's models have a switch in each attention, where others have an implementation."""
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention != "eager"
 
 
 # -- prompts for vision-language models ----------------------------------------------------------------------------------
@@ -282,6 +298,8 @@ def for_beams(net: nn.Module) -> Inputs:
     batch one by one, which mixes up those of prompts with several, in the unmodified model too: only prompts with one there."""
     chosen = samples(net)
     early = hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs") and family(net) not in BY_ONE
+    if not early and family(net) in TILE:  # tiles, too
+        return prompts(net, [Sample((TILE[family(net)],), sample.text[-2:], sample.seed) for sample in chosen[::2]])
     return prompts(net, chosen if early else chosen[::2])
 
 
@@ -293,7 +311,7 @@ def prompts(net: nn.Module, chosen: Sequence[Sample] | None = None) -> Inputs:
     batch: Inputs = {}
     for name in dict.fromkeys(name for single in singles for name in single):
         parts = [single[name] for single in singles if name in single]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             parts = [nn.functional.pad(part, (longest - part.shape[1], 0), value=PAD) for part in parts]
         if name.startswith("pixel") and parts[0].dim() >= 4:  # pictures, crops or tiles of different sizes or numbers
             sizes = [max(sides) for sides in zip(*(part.shape[1:] for part in parts), strict=True)]
@@ -333,16 +351,27 @@ def positions(net: nn.Module, inputs: Inputs) -> Tensor:
         grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
         return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
-    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first(net)
+
+
+def first(net: nn.Module) -> int:
+    """The position of the first token."""
+    return FIRST.get(family(net), 0)
 
 
 def extended(inputs: Inputs, new: Tensor) -> Inputs:
     """The same prompts with more text behind."""
     more = {**inputs, "input_ids": torch.cat([inputs["input_ids"], new], 1)}
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", _later(inputs))):
         if name in inputs:
             more[name] = nn.functional.pad(inputs[name], (0, new.shape[1]), value=value)
     return more
+
+
+def _later(inputs: Inputs) -> int:
+    """The type of what is said behind a prompt: PaliGemma marks it, where Gemma 3 marks images."""
+    types = inputs.get("token_type_ids")
+    return int(types is not None and not bool(types[inputs["input_ids"] == IMAGE].any()))
 
 
 def _single(net: nn.Module, sample: Sample) -> Inputs:
@@ -360,6 +389,8 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     if family(net) in COORDINATES:
         films = 2 if "pixel_values" not in inputs else 1  # some families write videos with image tokens
         inputs["mm_token_type_ids"] = films * (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    if family(net) in TYPES:
+        inputs["token_type_ids"] = TYPES[family(net)](ids)
     return inputs
 
 
@@ -447,17 +478,25 @@ PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
     "llava_onevision": _crops_or_frames,
     "qwen2": _qwen_pictures,
 }
+# the first position, where it is not 0
+FIRST: dict[str, int] = {}
+# for families that are told which tokens see each other, `token_type_ids` of a prompt
+TYPES: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 # -- pictures for encoders alone -----------------------------------------------------------------------------------------
 
 
+# inputs of encoders that take something else than square pictures, by model_type, or by class where there is none
+ALONE: dict[str, Callable[[nn.Module, int, torch.Generator], Inputs]] = {}
+
+
 def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     """Inputs of an encoder that stands alone. SigLIP2 gets pictures of different shapes."""
     generator = torch.Generator().manual_seed(seed)
-    own = tiny_encoders.pictures(net, batch, generator)
-    if own is not None:
-        return own
+    kind = family(net) if hasattr(net, "config") else type(net).__name__
+    if kind in ALONE:
+        return ALONE[kind](net, batch, generator)
     if net.config.model_type == "siglip2_vision_model":
         shapes = [(7, 7), (4, 9), (6, 5)][:batch]
         mask = torch.zeros(len(shapes), SIDE**2, dtype=torch.long)
@@ -521,7 +560,11 @@ def result(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-import tiny_glm4v  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_aimv2  # noqa: E402, F401 - families in files of their own join the tables above
+import tiny_aya  # noqa: E402, F401
+import tiny_encoders  # noqa: E402, F401
+import tiny_gemmas  # noqa: E402, F401
+import tiny_glm4v  # noqa: E402, F401
 import tiny_idefics3  # noqa: E402, F401
 import tiny_internvl  # noqa: E402, F401
 import tiny_ovis2  # noqa: E402, F401

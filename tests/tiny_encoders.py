@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import tiny
 import with_timm
@@ -59,6 +59,20 @@ def tiny_timm(cls: str = "VisionTransformer", **more: Any) -> nn.Module:
     return tiny.ready(vision_transformer.VisionTransformer(**{**sizes, **own, **more}))
 
 
+def videos(net: nn.Module, batch: int, generator: torch.Generator) -> tiny.Inputs:
+    return {"pixel_values": torch.randn(batch, 2 * STEPS, 3, 4 * tiny.PATCH, 4 * tiny.PATCH, generator=generator)}
+
+
+def in_order(net: nn.Module, batch: int, generator: torch.Generator) -> tiny.Inputs:
+    """With the noise that leaves ViT-MAE's patches in order, so that the model alone has the order that jeton gives it."""
+    noise = torch.arange(float(tiny.SIDE**2)).expand(batch, -1)
+    return {"pixel_values": torch.randn(batch, 3, *[tiny.SIDE * tiny.PATCH] * 2, generator=generator), "noise": noise}
+
+
+def named_x(net: nn.Module, batch: int, generator: torch.Generator) -> tiny.Inputs:
+    return {"x": torch.randn(batch, 3, *[tiny.SIDE * tiny.PATCH] * 2, generator=generator)}
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "DINOv3ViTModel": tiny_dinov3,
     "ViTMAEModel": tiny_vit_mae,
@@ -69,24 +83,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 if with_timm.has_timm():
     BUILDERS["VisionTransformer"] = tiny_timm
     BUILDERS["VisionTransformerDistilled"] = lambda: tiny_timm("VisionTransformerDistilled")
-
-
-def attend(net: nn.Module, attention: str) -> None:
-    """timm's models have a switch in each attention, where others have an implementation."""
-    for module in net.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = attention != "eager"
-
-
-def pictures(net: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Tensor] | None:
-    """Inputs of one of these; None for other encoders."""
-    kind = getattr(getattr(net, "config", None), "model_type", "timm")
-    size = tiny.SIDE * tiny.PATCH
-    if kind == "timm":
-        return {"x": torch.randn(batch, 3, size, size, generator=generator)}
-    if kind == "videomae":
-        return {"pixel_values": torch.randn(batch, 2 * STEPS, 3, 4 * tiny.PATCH, 4 * tiny.PATCH, generator=generator)}
-    if kind == "vit_mae":  # in order, so that the model alone has the order that jeton gives it
-        noise = torch.arange(float(tiny.SIDE**2)).expand(batch, -1)
-        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator), "noise": noise}
-    return None
+tiny.BUILDERS |= BUILDERS
+tiny.ALONE |= {"videomae": videos, "vit_mae": in_order}
+tiny.ALONE |= {"VisionTransformer": named_x, "VisionTransformerDistilled": named_x}

@@ -43,3 +43,4 @@ tiny.BUILDERS |= {
 }
 tiny.SHAPES["internvl"] = [((4,),), ((1,), (3,)), ((1,), (1,))]
 tiny.PICTURES["internvl"] = pictures
+tiny.TILE["internvl"] = (1,)

@@ -50,3 +50,4 @@ tiny.BUILDERS |= {
 }
 tiny.SHAPES["ovis2"] = [((2, 2),), ((1, 1), (1, 2)), ((2, 1),)]
 tiny.PICTURES["ovis2"] = pictures
+tiny.TILE["ovis2"] = (1, 1)

@@ -6,6 +6,7 @@ lies apart (`make test` puts it into .venv/apart) and is brought in here, after 
 
 from __future__ import annotations
 
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,3 +37,8 @@ def timm():
     import timm
 
     return timm
+
+
+if __name__ == "__main__":  # run a module of this name with timm at hand
+    timm()
+    runpy.run_module(sys.argv[1], run_name="__main__")

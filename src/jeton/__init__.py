@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jeton.demo import load_demo
     from jeton.engine import apply
     from jeton.measure.compare import compare
+    from jeton.measure.support import supports
     from jeton.measure.tune import tune
     from jeton.method import Budget, Sequence, Unsupported, get, methods
     from jeton.models import ClipText
@@ -39,6 +40,7 @@ __all__ = [
     "get",
     "load_demo",
     "methods",
+    "supports",
     "systems",
     "tune",
 ]
@@ -55,6 +57,7 @@ _HOME = {
     "get": "jeton.method",
     "load_demo": "jeton.demo",
     "methods": "jeton.method",
+    "supports": "jeton.measure.support",
     "systems": "jeton.registry",
     "tune": "jeton.measure.tune",
 }

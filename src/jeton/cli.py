@@ -165,6 +165,21 @@ def show(id: Annotated[str, typer.Argument(help="A system's id.", autocompletion
 
 
 @app.command()
+def supports(
+    model: Annotated[str, typer.Argument(help="A path or id (only its configuration is read), a class or a type of model.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """See which methods work on a model, and why others do not, without its weights.
+
+    [cyan]jeton supports llava-hf/llava-1.5-7b-hf[/], or [cyan]jeton supports Dinov2Model[/], [cyan]jeton supports qwen2_5_vl[/]
+    """
+    from .measure.support import supports as run
+
+    found = run(model)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if json_ else str(found))
+
+
+@app.command()
 def ask(
     image: Annotated[Path, typer.Option(help="The picture.")],
     question: Annotated[str, typer.Option("--ask", help="The question.")],

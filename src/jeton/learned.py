@@ -1,16 +1,16 @@
 """Methods that are trained: the modules they own, how these are built for an encoder, and their weights on disk.
 
 At inference a learned method is a method like any other: it finds its modules among its signals and returns a `Reduction`. In
-training tokens stay, and it says instead with which weight each is seen (`soften`).
+training tokens stay, and it says instead with which weight each is seen (`soften`), unless its matrix is differentiable itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,8 +38,12 @@ class Learned(Method):
 
     `build` makes the modules; a method that cannot decide without them asks for `Trained` in `needs` and finds them, always in
     float32, as ``signals["learned"]``. `weights` names trained ones: the file, or the folder with ``<id>.safetensors`` in it.
+
+    `masking` says how it is trained: tokens stay and are masked by `soften`; or, where false, by `reduce` as it stands, whose
+    matrix carries gradients itself.
     """
 
+    masking: ClassVar[bool] = True
     weights: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,19 +56,32 @@ class Learned(Method):
         """New modules for an encoder; None where there is nothing to train but the encoder itself."""
         return None
 
+    def lessons(self, n: int, depth: int) -> list[Method | None]:
+        """What `steps` is at inference, in training."""
+        return self.steps(n, depth)
+
     def soften(self, tokens: Tokens, signals: Signals) -> Tokens:
         """One step in training: as many tokens, with the `policy` by which later blocks see them, and whatever of features, sizes
         and score the step changes. Differentiable."""
         raise NotImplementedError(f"{type(self).__name__} must say how it is trained.")
+
+    def sight(self, query: Tensor, key: Tensor, tokens: Tokens, signals: Signals) -> Tensor | None:
+        """For the site attention: (B, H, N, N) true where a query attends to a key, None for everywhere; from queries and keys
+        (B, H, N, d) of a block and the tokens in front of it (their features are not to be read)."""
+        return None
+
+    def imitated(self, query: Tensor, key: Tensor, scale: float, tokens: Tokens, signals: Signals) -> Tensor | None:
+        """For the site attention, in training: what this block adds to the loss; the mean over blocks counts."""
+        return None
 
     def losses(self, softened: list[Tokens], learned: nn.Module | None, shape: Shape) -> dict[str, Tensor]:
         """What it adds to the loss of its task, by name, weights included: from the tokens as each step left them, and from what
         is being learned."""
         return {}
 
-    def resized(self, state: dict[str, Tensor], old: Shape, new: Shape) -> dict[str, Tensor]:
-        """Weights that were trained on an encoder of another shape, for this one; by default as they are."""
-        return state
+    def fits(self, trained: Shape, shape: Shape) -> bool:
+        """Whether modules that were trained on one encoder can be used on another."""
+        return trained.width == shape.width
 
     def flops(self, n: int, shape: Shape) -> float:
         """What its modules cost for one picture of n patches."""
@@ -86,8 +103,8 @@ def save(module: nn.Module, method: Method, shape: Shape, path: str | os.PathLik
     return place
 
 
-def load(module: nn.Module, method: Learned, shape: Shape) -> None:
-    """Read the weights a method names into the modules it has built for an encoder of this shape."""
+def read(method: Learned) -> tuple[dict[str, Tensor], Shape]:
+    """The weights a method names, as they were saved, and the shape of the encoder they were trained for."""
     assert method.weights is not None
     place, name = _file(method.weights, method), method.card.id
     if not place.is_file():
@@ -100,20 +117,27 @@ def load(module: nn.Module, method: Learned, shape: Shape) -> None:
         raise ValueError(f"{place} is no file of weights in safetensors' format: {error}.") from error
     if told.get("method") != name:
         raise ValueError(f"{place} holds weights of {told.get('method') or 'something else'}, not of {name}.")
-    state = method.resized(state, Shape(**json.loads(told["shape"])), shape)
-    _check(module.state_dict(), state, place, told, shape)
+    return state, Shape(**json.loads(told["shape"]))
+
+
+def load(method: Learned, shape: Shape) -> nn.Module | None:
+    """The modules a method has for an encoder of this shape, with the weights it names: of the shape they were trained on."""
+    state, before = read(method)
+    module = method.build(before)
+    if module is None:
+        return None
+    own = module.state_dict()
+    wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong or not method.fits(before, shape):
+        differs = f" (first difference: {wrong[0]})" if wrong else ""
+        raise ValueError(
+            f"the weights {method.weights} were trained on an encoder with {before}; they do not fit {method.spec} on one with "
+            f"{shape}{differs}."
+        )
     module.load_state_dict(state)
+    return module
 
 
 def _file(path: str | os.PathLike[str], method: Method) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / f"{method.card.id}.safetensors"
-
-
-def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], place: Path, told: Mapping[str, str], shape: Shape) -> None:
-    wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
-    if wrong:
-        raise ValueError(
-            f"the weights in {place} were trained by {told['spec']} on an encoder with {told['shape']}; they do not fit this "
-            f"method on one with {json.dumps(asdict(shape))} (first difference: {wrong[0]})."
-        )

@@ -83,14 +83,20 @@ class Method:
     """Base of every reduction method. Subclasses are dataclasses whose fields are the paper's hyper-parameters.
 
     `site` is where it acts (one of `SITES`). `point` says where inside a block: "before" it, in the "middle" between attention
-    and MLP, or "after" it. `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them
-    beyond the budget, "drop" them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front
-    of the tokens (site encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes
-    the language model attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
-    `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in place of dropping patches. `of_all`
-    says that its counts go by the tokens images had at first, before other parts of the same method took some (site layer). Where
-    `average`, `keep` is what the language model's layers see on average and less is left at the end; elsewhere `keep` is what is
-    left. One that `finishes` hands on tokens of its own behind the last block (site block).
+    and MLP, or "after" it. `around` instead names halves of a block ("attention", "mlp") that see fewer tokens, decided on those
+    in front of the block and given back behind each half. `restores`: in the end all tokens are there again (site block); a step
+    that `undoes` gives back those there were before the last reduction of its method. `ahead`: a step in front of a block whose
+    attention shall be the map of the tokens there were, fused as they were, rather than one of those there are.
+
+    `newlines` says what becomes of structure tokens (newlines of any-resolution models): "keep" them beyond the budget, "drop"
+    them, or "pool" them with the patches. `prefix_tokens` asks for the encoder's class token in front of the tokens (site
+    encoder). `proportional` makes merged tokens weigh log(size) in attention (site block). `virtual` makes the language model
+    attend as if every merged token stood at all places of those it was merged from (see engine/virtual.py).
+    `zeroes` (site layer) makes nothing leave: in the cache of the layer before, which has run, keys and values become zero where
+    tokens stood that a step drops. `resizes` (site pixels) says that it makes a smaller picture, by `grid` and `picture`, in
+    place of dropping patches. `of_all` says that its counts go by the tokens images had at first, before other parts of the same
+    method took some (site layer). Where `average`, `keep` is what the language model's layers see on average and less is left at
+    the end; elsewhere `keep` is what is left. One that `finishes` hands on tokens of its own behind the last block (site block).
 
     A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
     which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
@@ -99,10 +105,15 @@ class Method:
     card: ClassVar[Card]
     site: ClassVar[str]
     point: ClassVar[str] = "middle"
+    around: tuple[str, ...] = ()
+    restores: ClassVar[bool] = False
+    undoes: ClassVar[bool] = False
+    ahead: bool = False
     newlines: ClassVar[str] = "keep"
     prefix_tokens: ClassVar[bool] = False
     proportional: bool = False
     virtual: bool = False
+    zeroes: bool = False
     resizes: ClassVar[bool] = False
     average: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -181,6 +192,14 @@ class Method:
         fields = [item for item in dataclasses.fields(self) if item.init and item.repr]  # type: ignore[arg-type]
         values = {item.name: (getattr(self, item.name), item.default) for item in fields}
         return {name: value for name, (value, default) in values.items() if value != default}
+
+
+class Undo(Method):
+    """A step that gives back the tokens there were before its method's last reduction, behind a block (site block)."""
+
+    site = "block"
+    point = "after"
+    undoes = True
 
 
 class Sequence(Method):

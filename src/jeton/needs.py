@@ -112,6 +112,14 @@ class TextSimilarity(Need):
 
 
 @dataclass(frozen=True)
+class ClassLikeness(Need):
+    """(B, N) how like the class token each token of an encoder's output is: the cosine, or with `metric` "l1" or "l2" the mean
+    absolute or squared difference of their channels, negated."""
+
+    metric: str = "cosine"
+
+
+@dataclass(frozen=True)
 class Values(Need):
     """(B, N, d) attention values averaged over heads."""
 
@@ -128,7 +136,9 @@ IN_ENCODER = (
     Keys,
     Values,
     TextSimilarity,
+    ClassLikeness,
 )
+OF_OUTPUT = (TextSimilarity, ClassLikeness)  # read from what the encoder hands out
 
 
 @dataclass(frozen=True)
@@ -167,10 +177,20 @@ class TextAttention(Need):
     Raters are the text tokens whose relevance to the image is above the mean: the softmax over this text of V Tᵀ, averaged over
     the visual tokens, from the embeddings at the entrance; with `raters` "all", or where none is above, all of the text. Where no
     text follows, the last token that is left of the prompt is the rater. With `peak`, the largest of the raters' attention
-    (averaged over heads) instead of the mean."""
+    (averaged over heads) instead of the mean.
+
+    With `unbiased` attention is first divided by its bias by position, which rotary embeddings give a vector of ones (see
+    `ops.rotation.bias`). With `strongest` only that many heads are averaged (all, where there are fewer): those in which the
+    image has the most of the raters' attention, ties to the lowest."""
 
     raters: str = "relevant"
     peak: bool = False
+    unbiased: bool = False
+    strongest: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.peak and self.strongest is not None:
+            raise ValueError("peak is over the mean of all heads; leave strongest out, or peak.")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ ROOMS = (
     "text",
     "generate",
     "backbones",
+    "heads",
     "bridge",
     "objectives",
     "prompts",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .place import Place
 
@@ -128,11 +129,13 @@ class Reduction:
     weight: (B, N) float32, the entry ``A[assign[n], n]``; None means 1 for the representative and nothing else: a pure drop.
     matrix: (B, K, N) float32 for dense soft assignments; then `weight` is unused.
     entries: the matrix as a list, for sparse ones in which a token takes part in several new ones; then `weight` is unused.
+    back: (B, N, K) float32, the matrix that restores the old tokens; None where each takes what its new token has.
     mask: (B, K) true where the new token is real; None when all are.
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
     score: (B, K) the score a method hands to its next step or part; None passes on the score that tokens carry already.
     memory: (B, ...) what else it hands on; None passes on what tokens carry already.
+    sizes: (B, K) float32 sizes of the new tokens where a method has a rule of its own; None for the sums of the old ones'.
     """
 
     index: Tensor
@@ -145,6 +148,8 @@ class Reduction:
     score: Tensor | None = None
     entries: Entries | None = None
     memory: Tensor | None = None
+    sizes: Tensor | None = None
+    back: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.assign.dim() != 2 or self.index.shape[0] != self.assign.shape[0]:
@@ -285,12 +290,38 @@ class Reduction:
         )
 
     def restore(self, tokens: Tokens) -> Tokens:
-        """Back to N tokens: each old token takes the features of the new token it went to; dropped ones are zero and masked."""
+        """Back to N tokens: each old token takes the features of the new token it went to, or where `back` says so a mixture of
+        them; dropped ones are zero and masked."""
         if len(tokens) != self.k:
             raise ValueError(f"restore expects the {self.k} tokens this reduction made, got {len(tokens)}.")
         gone = self.assign < 0
-        features = gather(tokens.features, self.assign.clamp(min=0)).masked_fill(gone[..., None], 0)
-        return Tokens(features, mask=~gone, prefix=tokens.prefix)
+        x = tokens.features
+        out = gather(x, self.assign.clamp(min=0)) if self.back is None else (self.back @ x.float()).to(x.dtype)
+        return Tokens(out.masked_fill(gone[..., None], 0), mask=~gone, prefix=tokens.prefix)
+
+    def behind(self, prefix: int) -> Reduction:
+        """The same of tokens with `prefix` special ones more in front, which stay as they are."""
+        if prefix == 0:
+            return self
+        front = torch.arange(prefix, device=self.index.device).expand(self.index.shape[0], -1)
+        entries = self.entries
+        if entries is not None:
+            ones = torch.ones_like(front, dtype=entries.value.dtype)
+            row, column = (torch.cat([front, at + prefix], 1) for at in (entries.row, entries.column))
+            entries = Entries(row, column, torch.cat([ones, entries.value], 1))
+        return Reduction(
+            torch.cat([front, self.index + prefix], 1),
+            torch.cat([front, torch.where(self.assign < 0, -1, self.assign + prefix)], 1),
+            weight=None if self.weight is None else pad(self.weight, (prefix, 0), value=1.0),
+            matrix=None if self.matrix is None else _bordered(self.matrix, prefix),
+            mask=None if self.mask is None else pad(self.mask, (prefix, 0), value=True),
+            order=None if self.order is None else torch.cat([front, self.order + prefix], 1),
+            prefix=self.prefix + prefix,
+            score=None if self.score is None else pad(self.score, (prefix, 0)),
+            entries=entries,
+            memory=self.memory,
+            back=None if self.back is None else _bordered(self.back, prefix),
+        )
 
     def then(self, after: Reduction) -> Reduction:
         """The reduction that does this one first, then `after` (which acts on this one's K tokens)."""
@@ -305,6 +336,9 @@ class Reduction:
         if self.mask is not None:
             kept = self.mask.gather(1, after.index)
             mask = kept if mask is None else kept & mask
+        back = None
+        if self.back is not None or after.back is not None:
+            back = self._back @ after._back
         if self.is_soft or after.is_soft:
             return Reduction(
                 index,
@@ -313,11 +347,12 @@ class Reduction:
                 mask=mask,
                 order=after.order,
                 prefix=after.prefix,
+                back=back,
             )
         weight = None
         if not (self.is_drop and after.is_drop):
             weight = self._entries * after._entries.gather(1, self.assign.clamp(min=0))
-        return Reduction(index, self._through(after), weight, mask=mask, order=after.order, prefix=after.prefix)
+        return Reduction(index, self._through(after), weight, mask=mask, order=after.order, prefix=after.prefix, back=back)
 
     # -- private -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +364,13 @@ class Reduction:
         here = torch.arange(self.n, device=self.assign.device)
         own = self.index.gather(1, self.assign.clamp(min=0)) == here
         return (own & (self.assign >= 0)).float()
+
+    @property
+    def _back(self) -> Tensor:
+        """(B, N, K) the matrix that restores, written out."""
+        if self.back is not None:
+            return self.back
+        return (self.assign[..., None] == torch.arange(self.k, device=self.assign.device)).float()
 
     def _through(self, after: Reduction) -> Tensor:
         chained = after.assign.gather(1, self.assign.clamp(min=0))
@@ -366,6 +408,8 @@ class Reduction:
 
     def _grown(self, tokens: Tokens) -> Tensor | None:
         """A drop of tokens of size one needs no sizes."""
+        if self.sizes is not None:
+            return self.sizes
         return None if self.is_drop and tokens.size is None else self._sizes(tokens.weight)
 
     def _check(self, tokens: Tokens) -> None:
@@ -379,3 +423,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, ...) at index (B, K), giving (B, K, ...)."""
     shape = index.shape + (1,) * (x.dim() - 2)
     return x.gather(1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
+
+
+def _bordered(matrix: Tensor, prefix: int) -> Tensor:
+    """(B, prefix + K, prefix + N) the matrix (B, K, N) with ones on the diagonal in front of it."""
+    out = pad(matrix, (prefix, 0, prefix, 0))
+    here = torch.arange(prefix, device=matrix.device)
+    out[:, here, here] = 1.0
+    return out

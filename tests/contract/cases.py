@@ -15,7 +15,7 @@ import tiny
 import trained
 from jeton.method import Method, get, reducers
 from jeton.models import Encoder, VisionLanguage, adapt
-from jeton.needs import ClassAttention, LastAttention
+from jeton.needs import ClassAttention, ClassLikeness, LastAttention
 
 # fields with which decoding runs as recomputation without a cache does; their own decoding has tests of its own in tests/reduce
 AS_RECOMPUTED: dict[str, dict[str, Any]] = {"mustdrop": {"shrink": False}, "corematching": {"neurons": 1.0}}
@@ -34,13 +34,22 @@ LANGUAGE = [
     "Qwen3VLForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration-2",
+    "Gemma3ForConditionalGeneration",
+    "AyaVisionForConditionalGeneration",
+    "BridgedLlavaNext",
     "Mistral3ForConditionalGeneration",
     "LlavaForConditionalGeneration-pixtral",
     "Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
-INTERNVL, QWEN3, GLM4V, OVIS2, MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[8:]
+INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:12]
+PALIGEMMA, PALIGEMMA2, GEMMA3, AYA, BRIDGED_NEXT = LANGUAGE[12:17]
+MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[17:]
+AT_ONCE = (PALIGEMMA, PALIGEMMA2)  # all of a prompt sees all of it, so that a second turn is not the rest of a longer first one
+IDS_ONLY = (PALIGEMMA, PALIGEMMA2, GEMMA3)  # `generate` takes no embeddings
 
 # Families that jeton meets in the same way as another. By default they run what looks at the model (every test over `LANGUAGE`)
 # and, of the tests over all methods, those over `SPEAKERS`, one for each way to act; the rest is marked slow.
@@ -48,6 +57,7 @@ SISTERS = {
     NEXT_VIDEO: ONEVISION,
     QWEN2: QWEN,
     BRIDGED: ONEVISION,
+    BRIDGED_NEXT: ONEVISION,
     INTERNVL: ONEVISION,
     QWEN3: QWEN,
     GLM4V: QWEN,
@@ -57,6 +67,13 @@ SISTERS = {
     "Qwen3VLModel": "Qwen2_5_VLModel",
     "Glm4vModel": "Qwen2_5_VLModel",
     "Ovis2Model": "LlavaOnevisionModel",
+    PALIGEMMA: LLAVA_SIGLIP,
+    PALIGEMMA2: LLAVA_SIGLIP,
+    GEMMA3: QWEN,
+    AYA: QWEN,
+    "PaliGemmaModel": "LlavaModel",
+    "Gemma3Model": "Qwen2_5_VLModel",
+    "AyaVisionModel": "Qwen2_5_VLModel",
     MISTRAL3: QWEN,
     LLAVA_PIXTRAL: LLAVA_SIGLIP,
     IDEFICS3: ONEVISION,
@@ -68,8 +85,10 @@ SISTERS = {
     "SmolVLMModel": "LlavaOnevisionModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
+    "BridgedLlavaNextModel": "LlavaOnevisionModel",
     "Qwen2VLModel": "Qwen2_5_VLModel",
     "DINOv3ViTModel": "Dinov2WithRegistersModel",
+    "Aimv2VisionModel": "SiglipVisionModel",
     "ViTMAEModel": "ViTModel",
     "BeitModel": "ViTModel",
     "IJepaModel": "SiglipVisionModel",
@@ -78,6 +97,8 @@ SISTERS = {
     "VisionTransformerDistilled": "DeiTModel",
 }
 SPEAKERS = ("pixelworld", "tome", "fastervlm", "visionzip", "divprune", "fastv")
+# families of which only the language model is new: what acts at its door and in it speaks for the rest
+LANGUAGE_ONLY = (PALIGEMMA2, AYA)
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     **{name: {"weights": trained.weights(name)} for name in trained.LEARNED},
 }
 
+# methods that find out from every picture how much of it to compute and take no budget: fields with which all of it is, and less
+ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"a-vit": ({"beta": 1e3}, {"beta": 2.0})}
+
 
 def made(name: str, **fields: Any) -> Method:
     """A method that can be applied to a tiny model."""
@@ -120,6 +144,9 @@ def budgeted(name: str, keep: int | float, **fields: Any) -> Method:
     """A method with a budget. The contract speaks of budgets, so every method must take `keep`."""
     cls = get(name).__class__
     names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if name in ADAPTIVE:
+        everything, less = ADAPTIVE[name]
+        return made(name, **(everything if keep == 1.0 else less), **fields)
     assert "keep" in names, (
         f"{name} has no field `keep`; the contract cannot set its budget. Add the field, or teach tests/contract/cases.py."
     )
@@ -153,13 +180,21 @@ def claimed(case: Case) -> bool:
     leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)
     if leaves and isinstance(seen, VisionLanguage) and (seen.mixes or encoder.packed):
         return False
+    if method.virtual and isinstance(seen, VisionLanguage) and (seen.windowed or seen.masked_above):
+        return False
     if method.site == "layer" and not language:
         return False
     if any(isinstance(need, LastAttention) for need in needs) and not language:
         return False
-    if any(isinstance(need, ClassAttention) for need in needs) and not encoder.has_class:
+    if any(isinstance(need, ClassAttention | ClassLikeness) for need in needs) and not encoder.has_class:
         return False
     return encoder.resizable or not method.resizes
+
+
+def renumbers(model: str) -> bool:
+    """Whether positions without gaps mean something to a model."""
+    seen = view(model)
+    return isinstance(seen, VisionLanguage) and seen.rotary_rows == 1 and not seen.windowed
 
 
 def needed(case: Case) -> bool:
@@ -172,6 +207,7 @@ def needed(case: Case) -> bool:
 INNER = (
     "LlavaModel",
     "BridgedLlavaModel",
+    "BridgedLlavaNextModel",
     "LlavaNextModel",
     "LlavaNextVideoModel",
     "LlavaOnevisionModel",
@@ -181,6 +217,9 @@ INNER = (
     "Qwen3VLModel",
     "Glm4vModel",
     "Ovis2Model",
+    "PaliGemmaModel",
+    "Gemma3Model",
+    "AyaVisionModel",
     "Mistral3Model",
     "Idefics3Model",
     "SmolVLMModel",
@@ -196,7 +235,9 @@ LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]
 VIRTUAL = [case for case in LANGUAGE_CASES if case.made().virtual]  # merged tokens act at several places at once
 RECOMPUTABLE = [as_recomputed(case) for case in LANGUAGE_CASES]
-AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in VIRTUAL]
+RESTORING = [case for case in LANGUAGE_CASES if case.made().restores]  # all tokens are there again behind the encoder
+WHOLE = [case for case in LANGUAGE_CASES if case.made().finishes]  # hands on as many tokens as there were
+AT_THE_DOOR = [case for case in LANGUAGE_CASES if case.made().site != "layer" and case not in [*VIRTUAL, *WHOLE, *RESTORING]]
 IN_LAYERS = [case for case in LANGUAGE_CASES if case.made().site == "layer"]
 IN_A_LAYER = [case for case in IN_LAYERS if hasattr(case.made(), "layer")]
 
@@ -207,7 +248,8 @@ def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
 
 def _weighed(case: Case) -> Any:
     """A case as pytest's parameter; slow where a sister family stands in for it."""
-    spoken_for = case.model in SISTERS and case.method not in SPEAKERS
+    speakers = ("divprune", "fastv") if case.model in LANGUAGE_ONLY else SPEAKERS
+    spoken_for = case.model in SISTERS and case.method not in speakers
     return pytest.param(case, marks=pytest.mark.slow) if spoken_for else case
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from witness import Replay, Seen, match
+from witness import Replay, Seen, match, shown, watching
 
 import tiny
 from jeton.engine import apply
@@ -60,10 +60,14 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def decoded(net: nn.Module, embeds: Tensor, mask: Tensor, ids: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
+def decoded(
+    net: nn.Module, embeds: Tensor, mask: Tensor, ids: Tensor, deep: Sequence[Tensor] = (), types: Tensor | None = None
+) -> Tensor:
     """Logits of the unreduced language model for embeddings, a 2-D mask and position ids; `deep` (B, L, D) each is added behind
-    its first layers."""
+    its first layers; types: `token_type_ids`, where the whole model makes the masks."""
     more: dict[str, Any] = {}
+    if types is not None:
+        return net(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, token_type_ids=types).logits
     if deep:
         everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool)
         more = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
@@ -90,8 +94,7 @@ def layer_columns(seen: Seen, whole: Seen, layer: int, inputs: tiny.Inputs) -> T
     mask = seen.layers[layer]["mask"]
     if mask is None:
         return at
-    last = mask[:, 0, -1].expand(batch, -1)
-    return torch.where(last if last.dtype == torch.bool else last == 0, at, -1)
+    return torch.where(shown(mask).expand(batch, -1), at, -1)
 
 
 def added(seen: Seen, whole: Seen, inputs: tiny.Inputs) -> list[Tensor]:
@@ -126,15 +129,35 @@ def causal(inputs: tiny.Inputs, hidden: Tensor | None = None) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
+@torch.no_grad()
+def sights(net: nn.Module, inputs: tiny.Inputs, hidden: Tensor) -> list[Tensor]:
+    """For each layer of the unreduced model the (B, 1, L, L) additive mask it was given, or would have been, with `hidden` (B, L)
+    columns that nobody but themselves may look at."""
+    with watching(net) as whole:
+        tiny.run(net, inputs)
+    length = inputs["input_ids"].shape[1]
+    back = torch.ones(1, 1, length, length, dtype=torch.bool).tril() & inputs["attention_mask"].bool()[:, None, None]
+    found = []
+    for layer in whole.layers:
+        mask = layer["mask"]
+        allowed = back if mask is None else mask if mask.dtype == torch.bool else mask == 0
+        allowed = allowed & ~hidden[:, None, None] | torch.eye(length, dtype=torch.bool)
+        found.append(torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min))
+    return found
+
+
 @contextmanager
-def masked_from(net: nn.Module, layer: int, mask: Tensor) -> Iterator[None]:
-    """The unreduced model whose layers from `layer` on see this mask."""
+def masked_from(net: nn.Module, layer: int, masks: list[Tensor]) -> Iterator[None]:
+    """The unreduced model whose layers from `layer` on see these masks."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        return args, {**kwargs, "attention_mask": mask}
+    def hook(mask: Tensor) -> Any:
+        def change(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            return args, {**kwargs, "attention_mask": mask}
 
-    seen = view_of(net)
-    handles = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in seen.layers[layer:]]
+        return change
+
+    parts = list(zip(view_of(net).layers, masks, strict=True))[layer:]
+    handles = [part.register_forward_pre_hook(hook(mask), with_kwargs=True) for part, mask in parts]
     try:
         yield
     finally:

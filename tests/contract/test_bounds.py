@@ -160,7 +160,7 @@ def test_a_prompt_without_pictures_beside_others_is_left_alone(case: Case) -> No
     words = tiny.Sample((), (7,), 9)
     together = tiny.prompts(net, [first, words])
     alone = tiny.prompts(net, [words])
-    whole = tiny.run(net, {name: alone[name] for name in ("input_ids", "attention_mask")})[:, -1]
+    whole = tiny.run(net, alone)[:, -1]
     with apply(net, case.made()) as run:
         batch = tiny.run(net, {**together, "position_ids": tiny.positions(net, together)})[:, -1]
         single = tiny.prompts(net, [first])

@@ -24,7 +24,10 @@ ALL_PAIRS = {
 }
 # methods that learn from the picture how many tokens go at a step, though what is left at last is fixed: a shorter sequence has
 # to wait for that number
-COUNTED = {"flowcut": "the entropy of the class token's attention says how many patches go at each of its blocks"}
+COUNTED = {
+    "flowcut": "the entropy of the class token's attention says how many patches go at each of its blocks",
+    "a-vit": "every token says itself when it halts",
+}
 
 
 def wide(case: Case) -> torch.nn.Module:

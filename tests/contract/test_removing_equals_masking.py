@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, VIRTUAL, Case, both_attentions, coordinates, each, view
+from cases import AT_THE_DOOR, IN_A_LAYER, IN_LAYERS, LANGUAGE, VIRTUAL, Case, both_attentions, each, renumbers
 from references import (
     TIGHT,
     added,
-    causal,
     columns,
     decoded,
     difference,
@@ -24,6 +23,7 @@ from references import (
     masked_from,
     numbered,
     scattered,
+    sights,
     staged,
     view_of,
     visual,
@@ -34,7 +34,6 @@ from witness import spied, watching
 import jeton
 import tiny
 from jeton.engine import apply
-from jeton.models import VisionLanguage
 
 
 @torch.no_grad()
@@ -57,8 +56,8 @@ def test_removing_at_the_door_equals_masking(case: Case, attention: str) -> None
     assert bool(mask[text].all()) and torch.equal(embeds[text], whole.embeds[text])
     assert all((row[keep].diff() > 0).all() for row, keep in zip(at, real, strict=True))
     ids = inputs["position_ids"]
-    deep = added(seen, whole, inputs)
-    masked = decoded(net, embeds, mask, ids, deep)
+    deep, types = added(seen, whole, inputs), inputs.get("token_type_ids")
+    masked = decoded(net, embeds, mask, ids, deep, types)
     back = masked.gather(1, at.clamp(min=0)[..., None].expand_as(logits))
     assert difference(logits[real], back[real]) < TIGHT
     # the twins: one visual token more, and positions without gaps
@@ -66,9 +65,9 @@ def test_removing_at_the_door_equals_masking(case: Case, attention: str) -> None
     gone = visual(net, inputs) & (mask == 0)
     first = gone & (gone.cumsum(1) == 1)
     more[first] = 1
-    twin = decoded(net, torch.where(first[..., None], whole.embeds, embeds), more, ids, deep)
+    twin = decoded(net, torch.where(first[..., None], whole.embeds, embeds), more, ids, deep, types)
     assert difference(twin[:, -1], back[:, -1]) > 100 * TIGHT
-    dense = decoded(net, embeds, mask, (mask.cumsum(1) - 1).clamp(min=0).expand_as(ids), deep)
+    dense = decoded(net, embeds, mask, (mask.cumsum(1) - 1).clamp(min=0).expand_as(ids), deep, types)
     assert difference(dense[:, -1], back[:, -1]) > 100 * TIGHT
 
 
@@ -111,11 +110,11 @@ def test_removing_before_a_layer_equals_masking_from_it_on(case: Case, attention
     last = logits[:, -1]
     gone = inputs["attention_mask"].bool() & ~kept
     assert bool((gone <= visual(net, inputs)).all()) and bool(gone.any(1).all())
-    with masked_from(net, layer, causal(inputs, gone)):
+    with masked_from(net, layer, sights(net, inputs, gone)):
         reference = tiny.run(net, inputs)[:, -1]
     assert difference(last, reference) < TIGHT
     for twin_layer, hidden in ((layer - 1, gone), (layer, gone & (gone.cumsum(1) > 1))):
-        with masked_from(net, twin_layer, causal(inputs, hidden)):
+        with masked_from(net, twin_layer, sights(net, inputs, hidden)):
             twin = tiny.run(net, inputs)[:, -1]
         assert difference(twin, reference) > 10 * TIGHT
 
@@ -143,8 +142,10 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
     merged = {} if drops else {layer: seen.layers[layer]["hidden"] for layer in stages}
 
     def reference(kept: list[Tensor], made: dict[int, Tensor]) -> Tensor:
-        with staged(net, [causal(inputs, inputs["attention_mask"].bool() & ~each) for each in kept], kept, made):
-            return decoded(net, embeds, mask, inputs["position_ids"], deep)[:, -1]
+        gone = [inputs["attention_mask"].bool() & ~each for each in kept]
+        masks = [sights(net, inputs, each)[layer] for layer, each in enumerate(gone)]
+        with staged(net, masks, kept, made):
+            return decoded(net, embeds, mask, inputs["position_ids"], deep, inputs.get("token_type_ids"))[:, -1]
 
     right = reference(kept, merged)
     assert difference(last, right) < TIGHT
@@ -159,7 +160,7 @@ def test_removing_in_stages_equals_masking_from_each_on(case: Case, attention: s
 
 @torch.no_grad()
 @both_attentions
-@each([case for case in AT_THE_DOOR if not coordinates(case)])
+@each([case for case in AT_THE_DOOR if renumbers(case.model)])
 def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str) -> None:
     net = case.net(attention)
     inputs = tiny.inputs_for(net)
@@ -168,13 +169,15 @@ def test_compact_positions_equal_a_prompt_cut_by_hand(case: Case, attention: str
         logits = tiny.run(net, inputs)
     assert seen.embeds is not None and seen.ids is not None
     real = seen.real()
-    ids = (real.long().cumsum(1) - 1).clamp(min=0)
+    ids = (real.long().cumsum(1) - 1).clamp(min=0) + tiny.first(net)
     assert torch.equal(seen.ids[real], ids[real])
-    assert difference(logits[real], decoded(net, seen.embeds, real.long(), ids)[real]) < TIGHT
+    types = inputs.get("token_type_ids")
+    types = None if types is None else types[:, : ids.shape[1]]  # all of a prompt of PaliGemma has one type
+    assert difference(logits[real], decoded(net, seen.embeds, real.long(), ids, types=types)[real]) < TIGHT
 
 
 @torch.no_grad()
-@each([case for case in IN_A_LAYER if not coordinates(case)])
+@each([case for case in IN_A_LAYER if renumbers(case.model)])
 def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Case) -> None:
     """Layers before it see the original positions, it and all later ones those without gaps."""
     net = case.net()
@@ -187,13 +190,13 @@ def test_compact_positions_inside_the_language_model_begin_at_the_layer(case: Ca
     with apply(net, case.made(), positions="compact"):
         last = tiny.run(net, inputs)[:, -1]
     kept = kept_at(seen, whole, layer, inputs)
-    rotary = view_of(net).rotary(whole.embeds, (kept.long().cumsum(1) - 1).clamp(min=0))
+    rotary = view_of(net).rotary(whole.embeds, (kept.long().cumsum(1) - 1).clamp(min=0) + tiny.first(net))
 
     def renumber(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         return args, {**kwargs, "position_embeddings": rotary}
 
     gone = inputs["attention_mask"].bool() & ~kept
-    with masked_from(net, layer, causal(inputs, gone)):
+    with masked_from(net, layer, sights(net, inputs, gone)):
         twin = tiny.run(net, inputs)[:, -1]
         handles = [part.register_forward_pre_hook(renumber, with_kwargs=True) for part in view_of(net).layers[layer:]]
         reference = tiny.run(net, inputs)[:, -1]
@@ -210,10 +213,9 @@ def test_compact_is_refused_where_merged_tokens_act_at_their_original_positions(
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_compact_is_refused_where_positions_are_coordinates(name: str) -> None:
-    net, seen = tiny.model(name), view(name)
-    assert isinstance(seen, VisionLanguage)
-    if seen.rotary_rows == 1:
+def test_compact_is_refused_where_positions_are_coordinates_or_windows_count_columns(name: str) -> None:
+    net = tiny.model(name)
+    if renumbers(name):
         apply(net, "random", positions="compact").remove()
         return
     with pytest.raises(jeton.Unsupported, match='use positions="keep"'):

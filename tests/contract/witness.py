@@ -25,7 +25,7 @@ class Seen:
     encoder's blocks attended."""
 
     embeds: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Any = None
     ids: Tensor | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     deep: list[Tensor] = field(default_factory=list)
@@ -34,18 +34,29 @@ class Seen:
     def real(self) -> Tensor:
         """(B, n) true where a column at the door is no padding."""
         assert self.embeds is not None
-        if self.mask is None:
+        masks = [mask for mask in (self.mask.values() if isinstance(self.mask, dict) else [self.mask]) if mask is not None]
+        if not masks:
             return torch.ones(self.embeds.shape[:2], dtype=torch.bool)
-        return self.mask[:, -self.embeds.shape[1] :].bool()
+        columns = [mask.bool() if mask.dim() == 2 else shown(mask).expand(self.embeds.shape[0], -1) for mask in masks]
+        return torch.stack(columns).any(0)[:, -self.embeds.shape[1] :]
 
     def lengths(self, layer: int) -> Tensor:
-        """(B,) columns the last query may look at in a layer: its tokens without padding."""
+        """(B,) columns of a layer that are no padding."""
         seen = self.layers[layer]
         hidden, mask = seen["hidden"], seen["mask"]
         if mask is None:
             return torch.full((hidden.shape[0],), hidden.shape[1])
-        last = mask[:, 0, -1].expand(hidden.shape[0], -1)
-        return (last if last.dtype == torch.bool else last == 0).sum(1)
+        return shown(mask).expand(hidden.shape[0], -1).sum(1)
+
+
+def shown(mask: Tensor) -> Tensor:
+    """(B, n) the columns that somebody else may look at, under a mask (B, 1, L, n), and the last one: those without padding, if
+    windows are longer than images."""
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    rows, keys = allowed.shape[1:]
+    own = torch.eye(keys, dtype=torch.bool)[keys - rows :]
+    own[-1] = False
+    return (allowed & ~own).any(1)
 
 
 @contextmanager
@@ -67,7 +78,14 @@ def watching(net: nn.Module) -> Iterator[Seen]:
 
     def layer(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        seen.layers.append({"hidden": hidden, "mask": kwargs.get("attention_mask"), "rotary": kwargs.get("position_embeddings")})
+        seen.layers.append(
+            {
+                "hidden": hidden,
+                "mask": kwargs.get("attention_mask"),
+                "rotary": kwargs.get("position_embeddings"),
+                "ids": kwargs.get("position_ids"),
+            }
+        )
 
     adds = view.deepstack[1] if isinstance(view, VisionLanguage) and view.deepstack else ""
     own = getattr(view.decoder, adds) if adds else None
@@ -119,10 +137,15 @@ class Stand(Method):
             "prefix_tokens",
             "proportional",
             "virtual",
+            "zeroes",
             "resizes",
             "of_all",
             "keep",
             "finishes",
+            "around",
+            "restores",
+            "undoes",
+            "ahead",
         )
         for name in copied:
             if hasattr(inner, name):

@@ -34,8 +34,9 @@ def test_half_of_every_row_goes_and_masks_compare_as_sets():
     assert iou(masks, masks) == 1 and iou(masks, complement) == 0
 
 
-def test_masks_follow_the_activations_of_the_chosen_tokens_without_padding():
-    net = tiny.model(LLAVA)
+@pytest.mark.parametrize("name", [LLAVA, "Gemma3ForConditionalGeneration"])
+def test_masks_follow_the_activations_of_the_chosen_tokens_without_padding(name):
+    net = tiny.model(name)
     inputs = tiny.inputs_for(net)
     heard = []
     part = net.model.language_model.layers[1].mlp.down_proj

@@ -1,4 +1,4 @@
-"""Encoders with positions of their own kind, pooling heads and reordered patches: tokens that leave inside leave nothing behind."""
+"""Encoders with positions of their own kind, heads that average, and reordered patches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from jeton.engine.encoder import EncoderSite
 from jeton.method import Method, get
 from jeton.models import Encoder, adapt
 from jeton.tokens import Reduction, Tokens
+from tiny_aimv2 import tiny_aimv2
 
 BLOCK, KEPT = 2, 17
 timm_is_here = pytest.mark.skipif(not with_timm.has_timm(), reason="timm or torchvision is not installed")
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     **{name: make for name, make in tiny_encoders.BUILDERS.items() if name != "VisionTransformerDistilled"},
+    "Aimv2VisionModel": tiny_aimv2,
     "BeitModel-shared": lambda: tiny_encoders.tiny_beit(
         use_relative_position_bias=False, use_shared_relative_position_bias=True, use_absolute_position_embeddings=True
     ),
@@ -99,7 +101,7 @@ def both(name: str, wide: bool) -> tuple[Tensor, Tensor]:
     hidden = torch.ones(whole.shape[:2], dtype=torch.bool).scatter(1, method.kept, False)
     with Hiding(hidden) as mode:
         masked = tiny.run(net, inputs)
-    assert mode.calls == 5
+    assert mode.calls == 5 + (name == "Aimv2VisionModel")  # its head asks once more
     kept = method.kept[..., None].expand(-1, -1, whole.shape[-1])
     assert not torch.allclose(short, whole.gather(1, kept), atol=1e-3)
     return short, masked.gather(1, kept)
@@ -232,6 +234,61 @@ def test_a_head_that_takes_the_maximum_sees_the_tokens_that_are_left(pool: str) 
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
+def probed(name: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and its head with a query of its own."""
+    if name == "timm":
+        net = timm_head("map")
+        return net, net.attn_pool
+    net = {"siglip": tiny.tiny_siglip, "siglip2": tiny.tiny_siglip2, "aimv2": tiny_aimv2}[name]()
+    return net, net.head
+
+
+def heads_input(net: nn.Module, head: nn.Module, method: Any) -> tuple[Tensor, Tensor, Tokens]:
+    """What the head was handed, what it made of it, and the tokens of the run."""
+    calls: list[tuple] = []
+    handle = head.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    with torch.no_grad(), apply(net, method) as run:
+        net(**tiny.inputs_for(net))
+        tokens = run.tokens
+    handle.remove()
+    return *calls[0], tokens
+
+
+class Ragged(Dropping):
+    """Leaves 5, 9 and 13 patches of three pictures in front of a block."""
+
+    def reduce(self, tokens: Tokens, signals: Any = None) -> Reduction:
+        at = torch.arange(len(tokens))
+        return Reduction.select(torch.stack([at < tokens.prefix + n for n in (5, 9, 13)]), prefix=tokens.prefix)
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "aimv2", pytest.param("timm", marks=timm_is_here)])
+def test_a_head_that_asks_all_tokens_meets_merged_ones_as_often_as_they_count(name: str) -> None:
+    """As if each token stood there as many times as the patches it was merged from."""
+    net, head = probed(name)
+    x, made, tokens = heads_input(net, head, get("tome(keep=0.4)"))
+    size = tokens.size[:, -x.shape[1] :]
+    real = tokens.real[:, -x.shape[1] :]
+    assert float(size.max()) > 1
+    with torch.no_grad():
+        for number in range(3):
+            row, times = x[number : number + 1, real[number]], size[number, real[number]].long()
+            each = head(row.repeat_interleave(times, 1))
+            torch.testing.assert_close(made[number : number + 1], each, atol=1e-5, rtol=1e-5)
+            assert (made[number] - head(row)[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "aimv2", pytest.param("timm", marks=timm_is_here)])
+def test_a_head_that_asks_all_tokens_does_not_see_padding(name: str) -> None:
+    net, head = probed(name)
+    x, made, _ = heads_input(net, head, Ragged())
+    with torch.no_grad():
+        for number, count in enumerate((5, 9, 13)):
+            own = x[number : number + 1, : count + x.shape[1] - 13]
+            torch.testing.assert_close(made[number : number + 1], head(own), atol=1e-5, rtol=1e-5)
+        assert (made[:1] - head(x[:1])).abs().max() > 1e-4
+
+
 # -- ViT-MAE -----------------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +388,7 @@ def test_timm_and_transformers_do_the_same_with_the_same_weights(fused: bool) ->
     one, two = the_same_vit()
     pixels = torch.randn(3, 3, 28, 28)
     torch.testing.assert_close(two(pixels), one(pixel_values=pixels).last_hidden_state, atol=1e-5, rtol=1e-5)
-    tiny_encoders.attend(two, "sdpa" if fused else "eager")
+    tiny.attend(two, "sdpa" if fused else "eager")
     for spec in (
         "tome(keep=0.4)",
         "evit(keep=0.5)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +168,61 @@ def test_a_qwen_token_is_made_of_the_four_patches_it_names() -> None:
     assert torch.equal(geometry.row * w + geometry.col, torch.arange(t * h * w))
 
 
+@pytest.mark.parametrize("name", [name for name in LANGUAGE if not name.endswith("Model")])
+def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str) -> None:
+    """In a tower that does not attend, the gradient of a token reaches the pixels of its own patches, and no others."""
+    net, view = tiny.model(name), seen(name)
+    inputs = tiny.inputs_for(net)
+    encoder = view.encoder
+    for stream, method in view.streams().items():
+        own = _own(inputs, stream)
+        if not any(value.is_floating_point() for value in own.values()):
+            continue
+        caught: list[Tensor] = []
+        handles = [encoder.attention(block).register_forward_hook(_nothing) for block in encoder.blocks]
+        handles.append(encoder.entrance.register_forward_pre_hook(_catch(encoder, caught), with_kwargs=True))
+        try:
+            features = torch.cat(list(getattr(view.base, method)(**own).pooler_output))
+        finally:
+            for handle in handles:
+                handle.remove()
+        (pixels,) = caught
+        start, tokens = 0, []
+        for item in view.geometry(own, stream):
+            tokens += [torch.where(source < 0, -1, source + start) for source in item.source]
+            start += item.patches
+        assert len(tokens) == len(features)
+        direction = torch.randn(features.shape[1])
+        for token in [*range(0, len(tokens), 7), len(tokens) - 1]:
+            grad = torch.autograd.grad(features[token] @ direction, pixels, retain_graph=True, allow_unused=True)[0]
+            reached = [] if grad is None else _touched(encoder, grad)
+            named = sorted({int(patch) for patch in tokens[token] if patch >= 0})
+            # a map that is resized takes some of its neighbours with a share of zero
+            assert reached == named or ("Onevision" in name and set(reached) < set(named)), token
+
+
+def _nothing(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+    """Attention that adds nothing."""
+    return torch.zeros_like(output) if isinstance(output, Tensor) else (torch.zeros_like(output[0]), *output[1:])
+
+
+def _catch(encoder: Encoder, caught: list[Tensor]) -> Any:
+    """A hook that hands the encoder pixels of which gradients can be asked."""
+
+    def catch(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        name = "hidden_states" if encoder.packed else encoder.argument
+        caught.append((args[0] if args else kwargs[name]).detach().requires_grad_())
+        return ((caught[0], *args[1:]), kwargs) if args else (args, {**kwargs, name: caught[0]})
+
+    return catch
+
+
+def _touched(encoder: Encoder, grad: Tensor) -> list[int]:
+    """The patches of an encoder call with a gradient, counted over all pictures."""
+    patches = encoder.patches(grad).flatten(-2)
+    return patches.flatten(0, -2).abs().amax(1).nonzero().flatten().tolist()
+
+
 def test_qwen_video_frames_are_units() -> None:
     net, view = tiny.model("Qwen2_5_VLForConditionalGeneration"), seen("Qwen2_5_VLForConditionalGeneration")
     geometry = view.geometry({"video_grid_thw": torch.tensor([[3, 4, 6]])}, "video")[0]
@@ -238,6 +295,7 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
     assert patches == real
     prefixes = {"DeiTModel": 2, "Dinov2WithRegistersModel": 4, "SiglipVisionModel": 0, "Siglip2VisionModel": 0}
     prefixes |= {"IJepaModel": 0, "VideoMAEModel": 0, "DINOv3ViTModel": 3}
+    prefixes |= {"Aimv2VisionModel": 0}
     prefixes |= {"VisionTransformer": 3, "VisionTransformerDistilled": 2}
     prefixes |= {"Idefics3VisionTransformer": 0, "SmolVLMVisionTransformer": 0}
     assert view.prefix == prefixes.get(name, 1) and view.has_class == (view.prefix > 0)

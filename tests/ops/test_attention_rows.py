@@ -75,3 +75,13 @@ def test_bias_makes_a_token_count_as_often_as_its_size():
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert (plain - full).abs().max() > 1e-2
     assert attention.bias(size, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_cap_bends_logits_in_front_of_the_mask():
+    q, k = qkv()
+    causal = torch.ones(10, 10, dtype=torch.bool).tril()
+    plain = attention.rows(q, k, logits=True)
+    bent = attention.rows(q, k, logits=True, softcap=0.5)
+    torch.testing.assert_close(bent, 0.5 * (plain / 0.5).tanh())
+    assert bent.abs().max() <= 0.5 < plain.abs().max()
+    torch.testing.assert_close(attention.rows(q, k, mask=causal, softcap=0.5), bent.masked_fill(~causal, -torch.inf).softmax(-1))

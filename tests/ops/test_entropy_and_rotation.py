@@ -9,7 +9,7 @@ import torch
 
 from jeton.ops.budget import linearly
 from jeton.ops.entropy import entropy_count
-from jeton.ops.rotation import between, expanded_scores, trigonometric_scores
+from jeton.ops.rotation import between, bias, expanded_scores, trigonometric_scores
 
 
 def count(share: list[float], target: int, remaining: int, real: int | None = None) -> int:
@@ -64,3 +64,14 @@ def test_linear_plans_fall_or_grow_and_end_exactly():
         for rising in (False, True):
             plan = linearly(200, keep, 12, rising)
             assert plan[-1] == keep and all(a >= b >= a - a // 2 for a, b in zip([200, *plan], plan, strict=False))
+
+
+def test_what_positions_alone_give_a_product_is_the_mean_cosine_of_their_distance():
+    angle = torch.tensor([0.0, 1.0, 4.0])[:, None] * torch.tensor([1.0, 0.1])
+    ones = torch.cat([angle.cos() - angle.sin(), angle.cos() + angle.sin()], 1)
+    # by hand: (cos 1 + cos .1) / 2, (cos 3 + cos .3) / 2 below the floor, (cos 4 + cos .4) / 2
+    found = bias(ones, ones)
+    expected = torch.tensor([[1, 0.767653, 0.133709], [0.767653, 1, 0.01], [0.133709, 0.01, 1]])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert bias(ones, ones, floor=-1)[1, 2] == pytest.approx(-0.017328, abs=1e-6)
+    torch.testing.assert_close(bias(ones[1:2], ones), expected[1:2], atol=1e-6, rtol=0)

@@ -289,3 +289,62 @@ def test_patches_of_the_digit_asked_about_share_neurons_with_the_last_token():
         above.append(bool(score[inside.flatten()].max() > score.median()))
     handle.remove()
     assert len(above) == 196 and sum(above) / len(above) >= 0.9
+
+
+# -- the release: zeros in the cache ---------------------------------------------------------------------------------------
+
+
+RELEASE = {"zero_kv": True, "match": "token", "neurons": 1.0}
+
+
+def test_zeros_are_written_behind_layers_5_to_18_of_32_and_nothing_leaves():
+    method = get("corematching", **RELEASE)
+    steps = method.steps(576, 32)
+    assert [layer - 1 for layer, step in enumerate(steps) if step] == list(range(5, 19)) and method.promise(576, 32).count == 576
+    assert [layer for layer, step in enumerate(get("corematching", layers=(2, 3), **RELEASE).steps(9, 4)) if step] == [2, 3]
+
+
+@pytest.mark.parametrize("fields", [RELEASE, {**RELEASE, "match": "core", "keep": 5}], ids=["release", "core"])
+def test_keys_and_values_of_other_tokens_become_zero_behind_their_layer(fields):
+    """Padded batch, two images in a prompt: caches, the prompt's own logits, and decoded tokens from a cache zeroed by hand."""
+    net = tiny.model(LLAVA)
+    inputs = tiny.inputs_for(net)
+    decided = []
+    with torch.no_grad():
+        plain = net(**inputs, use_cache=True)
+        with apply(net, Spy(get("corematching", **fields), decided)) as run:
+            zeroed = net(**inputs, use_cache=True)
+            layout, length = run.layout, run.costs.length
+            report = run.report()
+    assert torch.equal(plain.logits, zeroed.logits) and length == inputs["input_ids"].shape[1]
+    acting = [layer - 1 for layer, step in enumerate(get("corematching", **fields).steps(36, 4)) if step]
+    assert acting == [1, 2] and len(decided) == 2 and report.flops_share == 1
+    gone = dict(zip(acting, [reduction.assign < 0 for reduction in decided], strict=True))
+    assert not torch.equal(gone[1], gone[2])  # each layer's own neurons decide
+    for number, (before, after) in enumerate(zip(plain.past_key_values.layers, zeroed.past_key_values.layers, strict=True)):
+        mask = torch.zeros(before.keys.shape[0], length, dtype=torch.bool)
+        for image, sample in enumerate(layout.sample):
+            if number in gone:
+                mask[sample, layout.position[image]] = gone[number][image]
+        assert mask.any() == (number in gone)
+        for name in ("keys", "values"):
+            assert torch.equal(getattr(after, name), getattr(before, name).masked_fill(mask[:, None, :, None], 0))
+            setattr(before, name, getattr(after, name).clone())
+    more = {**tiny.extended(inputs, tiny.words(1, 3).expand(len(mask), 1))}
+    token = {"input_ids": more["input_ids"][:, -1:], "attention_mask": more["attention_mask"]}
+    with torch.no_grad():
+        by_hand = net(**token, past_key_values=plain.past_key_values).logits
+        with apply(net, "corematching", **fields):
+            fresh = net(**inputs, use_cache=True).past_key_values
+            assert difference(net(**token, past_key_values=fresh).logits, by_hand) < CLOSE
+        assert difference(net(**more).logits[:, -1:], by_hand) > 100 * CLOSE  # a zero key is not the key
+
+
+def test_zeros_are_not_written_into_a_cache_of_another_kind():
+    from transformers import StaticCache
+
+    net = tiny.model(LLAVA)
+    inputs = tiny.prompts(net, tiny.one_image(net))
+    cache = StaticCache(config=net.config.text_config, max_cache_len=80)
+    with apply(net, "corematching", **RELEASE), pytest.raises(ValueError, match="cache_implementation"):
+        net(**inputs, past_key_values=cache)

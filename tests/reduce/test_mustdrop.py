@@ -245,6 +245,8 @@ def hidden_from_the_answer(net, method, decided, longer, prompt, first):
             gone = (columns >= 0) & ~final.gather(1, columns.clamp(min=0))
             later = columns >= prompt
             allowed = allowed & ~(later[:, None, :, None] & gone[:, None, None, :])
+            if mask is not None and mask.is_floating_point():
+                allowed = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(mask.dtype).min)
             return args, {**kwargs, "attention_mask": allowed}
 
         return change
@@ -285,6 +287,22 @@ def test_decoding_with_a_shrunk_cache_equals_a_mask_over_the_full_one(spec, batc
     with apply(net, Replay(method, list(decided))):
         full = tiny.run(net, {**longer, "position_ids": tiny.positions(net, longer)}, use_cache=False)[:, -16:]
     assert difference(logits[:, 1:], full[:, 1:]) > 10 * CLOSE
+    assert difference(logits[:, 1:], reference(net, method, decided, inputs, new, first=2)[:, 1:]) > 10 * CLOSE
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_caches_that_hold_a_window_shrink_too(spec):
+    """What such a cache has lost already lies beyond its window for good."""
+    net = tiny.model("PaliGemmaForConditionalGeneration-2")
+    inputs, method = tiny.inputs_for(net), get(spec, score="received")
+    spy, decided = spied(method)
+    with apply(net, spy):
+        output = generated(net, inputs)
+    new, logits = output.sequences[:, -16:], torch.stack(output.logits, 1)
+    right = reference(net, method, decided, inputs, new)
+    assert difference(logits, right) < CLOSE and torch.equal(right.argmax(-1), new)
+    lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    assert lengths[0] == lengths[2] == 59 < lengths[1] == lengths[3]
     assert difference(logits[:, 1:], reference(net, method, decided, inputs, new, first=2)[:, 1:]) > 10 * CLOSE
 
 

@@ -300,3 +300,96 @@ def test_the_rank_is_that_of_the_raters_own_attention(attention):
 def test_a_rank_that_means_nothing_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         get("sparsevlm", **fields)
+
+
+# -- the second release --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [192, 128, 96, 64])
+def test_the_settings_of_both_releases_are_presets(tokens):
+    first, second = get("sparsevlm", calibration=str(tokens)), get("sparsevlm", calibration=f"{tokens}+")
+    assert first.counts == SETTINGS[tokens] and first.recycle and not first.unbiased and first.heads is None
+    assert (second.unbiased, second.heads, second.recycle, second.rank) == (True, 14, False, None)
+    lengths = entering(second)
+    assert (lengths[3], lengths[7], lengths[16]) == second.counts
+
+
+def test_setting_192_of_the_second_release_ends_with_118():
+    lengths = entering(get("sparsevlm", calibration="192+"))
+    assert lengths == [576] * 3 + [300] * 4 + [200] * 9 + [118] * 16 and sum(lengths) / 32 == 206.75
+
+
+def heads_of(net, inputs, layer):
+    """(B, H, L, L) attention of a layer and (B, L, L) the mean cosine of each two positions' distance."""
+    found = []
+    module = net.model.language_model.layers[layer].self_attn
+    handle = module.register_forward_hook(lambda module, args, output: found.append(output[1].float()))
+    tiny.run(net, inputs)
+    handle.remove()
+    ids = tiny.positions(net, inputs).float()
+    frequencies = net.model.language_model.rotary_emb.inv_freq
+    distance = (ids[:, :, None] - ids[:, None])[..., None] * frequencies
+    return found[0], distance.cos().mean(-1).clamp(min=0.01)
+
+
+@pytest.mark.parametrize("strongest", [None, 2, 14])
+def test_attention_is_freed_from_its_positions_and_the_heads_that_look_at_the_image_are_averaged(strongest):
+    """By hand, in a padded batch with several images: the map of every head, divided by the cosines of the distances."""
+    net = tiny.model(LLAVA, "eager")
+    inputs = tiny.inputs_for(net)
+    needs = {"free": TextAttention(unbiased=True, strongest=strongest), "bound": TextAttention(strongest=strongest)}
+    look, plain = Looking(2, **needs), Looking(2, plain=TextAttention())
+    maps, bias = heads_of(net, inputs, 1)
+    assert bias.min() < 0.5 and maps.shape[1] == 4
+    with apply(net, look | plain) as run:
+        embeds = []
+        handle = net.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: embeds.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        tiny.run(net, inputs)
+        handle.remove()
+        weight = Raters.choose(run.costs.flow, embeds[0], inputs["attention_mask"]).weight
+    chosen = []
+    for name, table in (("free", maps / bias[:, None]), ("bound", maps)):
+        for image, (sample, columns) in enumerate(images(net, inputs)):
+            raters = weight[image].nonzero().flatten().tolist()
+            rows = table[sample][:, raters][:, :, columns]  # (H, raters, N)
+            order = rows.sum((1, 2)).argsort(descending=True)[:strongest]
+            chosen.append(order.tolist())
+            by_hand_score = rows[order].mean((0, 1))
+            assert (look.heard[name][image] - by_hand_score).abs().max() < CLOSE
+    different = (look.heard["free"] - look.heard["bound"]).abs().max() > 100 * CLOSE
+    assert different and (strongest != 2 or (look.heard["bound"] - plain.heard["plain"]).abs().max() > 100 * CLOSE)
+    assert strongest != 2 or len(set(map(tuple, chosen))) > 1  # images have heads of their own
+
+
+def test_nothing_is_divided_by_what_a_cached_prompt_left_behind():
+    """A second picture in a second turn: the keys in front of it were cached, positions go on."""
+    net = tiny.model(LLAVA)
+    first, second = (tiny.prompts(net, [tiny.Sample(((),), (3, 5), seed)]) for seed in (5, 6))
+    look = Looking(2, free=TextAttention(unbiased=True, strongest=2))
+    with apply(net, look), torch.no_grad():
+        cache = net(**first).past_key_values
+        mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
+        net(**{**second, "attention_mask": mask}, past_key_values=cache)
+        turns = look.heard["free"]
+        both = {name: torch.cat([first[name], second[name]], 0 if name == "pixel_values" else 1) for name in first}
+        net(**both)
+    assert (turns[0] - look.heard["free"][1]).abs().max() < CLOSE
+
+
+def test_the_second_release_runs_where_positions_have_three_axes():
+    net = tiny.model("Qwen2_5_VLForConditionalGeneration")
+    inputs = tiny.inputs_for(net)
+    outputs = []
+    for fields in ({}, {"unbiased": False, "heads": None}):
+        with apply(net, get("sparsevlm", calibration="192+", **{"counts": (5, 3, 2), **fields})) as run:
+            outputs.append(tiny.run(net, inputs))
+            assert {image.after for image in run.report().images} == {2}
+    assert outputs[0].isfinite().all() and not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("heads", [0, -1, True, 1.5])
+def test_heads_must_be_a_number_of_heads(heads):
+    with pytest.raises(ValueError, match="whole number of heads"):
+        get("sparsevlm", heads=heads)

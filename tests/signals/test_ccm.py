@@ -3,16 +3,24 @@ import torch
 import torch.nn.functional as F
 from transformers import PatchTSMixerConfig, PatchTSMixerForPrediction, PatchTSTConfig, PatchTSTForPrediction
 
-from jeton.signals.ccm import ChannelAssigner, ChannelClustering, ClusterLinear, channel_similarity, cluster_loss, membership
-from jeton.signals.forecasters import DLinear, TSMixer
+from jeton.signals.ccm import (
+    ChannelAssigner,
+    ChannelClustering,
+    ClusterLinear,
+    PrototypeExchange,
+    channel_similarity,
+    cluster_loss,
+    membership,
+)
+from jeton.signals.forecasters import DLinear, TimesNet, TSMixer, _Folding
 
 L, H, C = 24, 6, 12
 SHAPE = {"num_input_channels": C, "context_length": L, "prediction_length": H, "patch_length": 6, "patch_stride": 6}
 
 
-def patchtst():
+def patchtst(layers=1):
     return PatchTSTForPrediction(
-        PatchTSTConfig(**SHAPE, d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, loss="mse")
+        PatchTSTConfig(**SHAPE, d_model=16, num_attention_heads=2, num_hidden_layers=layers, ffn_dim=32, loss="mse")
     )
 
 
@@ -23,6 +31,7 @@ def patchtsmixer():
 HOSTS = {
     "dlinear": lambda: DLinear(L, H, 7),
     "tsmixer": lambda: TSMixer(L, H, C),
+    "timesnet": lambda: TimesNet(L, H, C, width=8, hidden=8, blocks=1, kernels=2),
     "patchtst": patchtst,
     "patchtsmixer": patchtsmixer,
 }
@@ -105,8 +114,8 @@ class TestHosts:
         assert torch.allclose(found, want, atol=1e-5)
 
     def test_permuting_variates_permutes_shares_and_forecast(self, name):
-        if name == "tsmixer":
-            pytest.skip("TSMixer itself mixes variates by their place")
+        if name in ("tsmixer", "timesnet"):
+            pytest.skip("the host itself mixes variates by their place")
         torch.manual_seed(0)
         model, past, order = ChannelClustering(HOSTS[name](), L, C).eval(), torch.randn(3, L, C), torch.randperm(C)
         for part in model.modules():
@@ -128,6 +137,100 @@ class TestHosts:
         model.eval()
         after = model.assigner.prototypes.clone()
         assert torch.equal(model(past)[0], model(past)[0]) and torch.equal(model.assigner.prototypes, after)
+
+
+class TestTimesNet:
+    def test_the_strongest_periods_fold_the_series(self):
+        """A sine of period 6 and half of one of period 4; a folding that hands on what it sees doubles the series."""
+        t = torch.arange(24.0)
+        x = ((t * torch.pi / 3).sin() + 0.5 * (t * torch.pi / 2).sin())[None, :, None].expand(2, -1, 3)
+        block, seen = _Folding(3, 3, periods=2, kernels=1), []
+        block.conv = torch.nn.Identity()
+        block.conv.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        assert torch.allclose(block(x), 2 * x, atol=1e-5)
+        assert seen == [(2, 3, 4, 6), (2, 3, 6, 4)]  # rows of one period: 24 / 6, then 24 / 4
+        assert torch.equal(block._folded(x, 7), x)  # filled up to 28 and cut again
+
+    def test_a_forecast_follows_scale_and_place_of_the_past(self):
+        torch.manual_seed(0)
+        host, past = TimesNet(L, H, C, width=8, hidden=8, blocks=1, kernels=2).eval(), torch.randn(2, L, C)
+        plain, moved = host(past), host(3 * past + 5)
+        assert plain.shape == (2, H, C) and torch.allclose(moved, 3 * plain + 5, atol=1e-3)
+        assert TimesNet(3, 1, C, width=8).eval()(past[:, :3]).isfinite().all()  # fewer than 5 frequencies
+
+
+class TestExchange:
+    def test_prototypes_and_variates_hear_each_other_by_hand(self):
+        torch.manual_seed(0)
+        part, x, c, member = PrototypeExchange(4, 2, 8).eval(), torch.randn(2, 3, 5, 4), torch.randn(2, 4), torch.rand(3, 2)
+
+        def attend(maps, queries, others, share=None):
+            out = []
+            q, k, v = maps[0](queries), maps[1](others), maps[2](others)
+            for head in (slice(0, 2), slice(2, 4)):
+                weight = torch.softmax(q[:, head] @ k[:, head].T / 2**0.5, -1)
+                out.append((weight if share is None else weight * share) @ v[:, head])
+            return maps[3](torch.cat(out, -1))
+
+        found, new = part(x, c, member)
+        heard = torch.zeros(2, 4)
+        for sample in range(2):
+            for step in range(5):
+                variates = x[sample, :, step]
+                prototypes = attend(part.to_prototypes, c, variates, member.T)
+                heard += prototypes / 10
+                y = part.norm1(variates + attend(part.to_variates, variates, prototypes))
+                assert torch.allclose(found[sample, :, step], part.norm2(y + part.mlp(y)), atol=1e-5)
+        assert torch.allclose(new, heard, atol=1e-5)
+        own, each = part(x, c.expand(2, -1, -1), member.expand(2, -1, -1))
+        assert torch.allclose(own, found, atol=1e-5) and torch.allclose(each.mean(0), new, atol=1e-5)
+
+    def test_who_is_no_member_is_not_heard(self):
+        torch.manual_seed(0)
+        part, x, c, member = PrototypeExchange(4, 2, 8).eval(), torch.randn(2, 3, 5, 4), torch.randn(2, 4), torch.rand(3, 2)
+        other = x.clone()
+        other[:, 2] += 1
+        assert not torch.allclose(part(x, c, member)[0][:, :2], part(other, c, member)[0][:, :2], atol=1e-3)
+        # a prototype's attention is shared out before members are known, so only the query side of the others' is left
+        member[2] = 0
+        scores = part.to_prototypes[1]
+        torch.nn.init.zeros_(scores.weight)  # all variates are attended to alike
+        assert torch.allclose(part(x, c, member)[0][:, :2], part(other, c, member)[0][:, :2], atol=1e-5)
+
+    @pytest.mark.parametrize("pooled", [True, False])
+    def test_it_runs_behind_every_layer_of_patchtst_and_learns(self, pooled):
+        torch.manual_seed(0)
+        model = ChannelClustering(patchtst(2), L, C, exchange=True, pooled=pooled)
+        past, future, order = torch.randn(3, L, C), torch.randn(3, H, C), torch.randperm(C)
+        assert model.assigner.prototypes.shape == (4, 16)
+        sum(model.losses(past, future).values()).backward()
+        exchanges = [module for module in model.modules() if isinstance(module, PrototypeExchange)]
+        assert len(exchanges) == 2 and all(p.grad.abs().sum() > 0 for part in exchanges for p in part.to_variates.parameters())
+        model.eval()
+        (plain, p), (moved, q) = model(past), model(past[..., order])
+        assert torch.allclose(q, p[..., order, :], atol=1e-5) and torch.allclose(moved, plain[..., order], atol=1e-4)
+        other = past.clone()
+        other[..., 0] += torch.randn(3, L)
+        heard = (model(other)[0] - plain)[..., 1:].abs().max()
+        alone = ChannelClustering(patchtst(2), L, C, pooled=pooled).eval()
+        deaf = (alone(other)[0] - alone(past)[0])[..., 1:].abs().max()
+        assert heard > 1e-5 and (deaf < 1e-7 or pooled)  # a host of its own looks at each variate alone
+
+    def test_prototypes_of_one_layer_go_to_the_next(self):
+        torch.manual_seed(0)
+        model, past, seen = ChannelClustering(patchtst(2), L, C, exchange=True).eval(), torch.randn(3, L, C), []
+        for module in model.modules():
+            if isinstance(module, PrototypeExchange):
+                module.register_forward_hook(lambda module, args, output: seen.append((args[1], output[1])))
+        model(past)
+        assert torch.equal(seen[0][0], model.assigner.prototypes) and torch.equal(seen[1][0], seen[0][1])
+        assert not torch.allclose(seen[0][0], seen[1][0], atol=0.01)
+
+    def test_hosts_without_layers_are_refused(self):
+        with pytest.raises(ValueError, match="layers of PatchTSTForPrediction, not of DLinear"):
+            ChannelClustering(DLinear(L, H, 7), L, C, exchange=True)
+        with pytest.raises(ValueError, match="3 heads"):
+            PrototypeExchange(16, 3, 8)
 
 
 def test_shares_of_each_samples_own_do_not_depend_on_the_batch():

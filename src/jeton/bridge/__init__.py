@@ -1,6 +1,6 @@
 """How image features reach a language model: projectors, resamplers and compressors that are trained. One file per system.
 
-A bridge takes the place of the projector of a transformers LLaVA:
+A bridge takes the place of the projector of a transformers LLaVA or LLaVA-NeXT:
 
     model = bridge.attach(llava, "tokenpacker", scale=2)   # encoder and language model are the given model's own
     processor = bridge.fit(processor, model)               # writes as many placeholders as the bridge makes tokens
@@ -12,6 +12,27 @@ Once this package is imported, `AutoModelForImageTextToText.from_pretrained(path
 """
 
 from ._common import Bridge
-from ._model import BridgedLlava, BridgedLlavaConfig, BridgedLlavaModel, attach, fit, shorten
+from ._model import (
+    BridgedLlava,
+    BridgedLlavaConfig,
+    BridgedLlavaModel,
+    BridgedLlavaNext,
+    BridgedLlavaNextConfig,
+    BridgedLlavaNextModel,
+    attach,
+    fit,
+    shorten,
+)
 
-__all__ = ["Bridge", "BridgedLlava", "BridgedLlavaConfig", "BridgedLlavaModel", "attach", "fit", "shorten"]
+__all__ = [
+    "Bridge",
+    "BridgedLlava",
+    "BridgedLlavaConfig",
+    "BridgedLlavaModel",
+    "BridgedLlavaNext",
+    "BridgedLlavaNextConfig",
+    "BridgedLlavaNextModel",
+    "attach",
+    "fit",
+    "shorten",
+]

@@ -20,12 +20,14 @@ class Bridge(nn.Module):
     layers: hidden states of the encoder that are concatenated on channels, (P, N, m·D); None for the model's own choice.
     tokens: K, for each group of pictures that makes one image. pictures: pictures in such a group.
     fuses: `forward` gives M more rows behind the K, which `fuse` uses to change the prompt's embeddings.
+    whole: it reads the encoder's class token too, where there is one, in front of the N features.
     """
 
     card: ClassVar[Card]
     layers: tuple[int, ...] | None = None
     pictures: int = 1
     fuses: bool = False
+    whole: bool = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -54,6 +56,9 @@ class Bridge(nn.Module):
             name: value.shape for name, value in its.items()
         }:
             own.load_state_dict(its)
+
+    def enter(self, tower: nn.Module) -> None:
+        """Change what the encoder does, where the bridge has a part inside it; called once, when the model is put together."""
 
     def geometry(self) -> Geometry:
         """Where the K tokens of an image lie on it: a square grid of equal windows, unless the bridge says otherwise."""

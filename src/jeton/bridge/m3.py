@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..ops.squares import pool, window_of
 from ..registry import register
 from ._common import Bridge, Projector, linear_flops
-from ._model import BridgedLlava, shorten
+from ._model import BridgedLlava, BridgedLlavaNext, shorten
 
 
 @register(
@@ -31,7 +31,7 @@ class M3(Bridge):
     `loss` trains all lengths at once: for every sample the mean over scales of the answers' cross-entropy (the paper trains
     encoder-projected LLaVA-1.5 at 576, 144, 36, 9 and 1). At inference the length is chosen: `scale(36)`, then `jeton.bridge.fit`
     for a processor with as many placeholders; `tokens` is what the saved model starts with, None for all. N / T must be a square
-    number. Any-resolution models (LLaVA-NeXT), which pool each tile, are not built.
+    number. In LLaVA-NeXT every crop is pooled to T tokens, and what is left is stitched, cut to the picture and given newlines.
     """
 
     def __init__(self, config: Any, tokens: int | None = None) -> None:
@@ -59,17 +59,33 @@ class M3(Bridge):
         return self.patches * linear_flops(self.projector)
 
 
-def loss(model: BridgedLlava, inputs: Mapping[str, Any], scales: Sequence[int]) -> dict[str, Tensor]:
-    """The model's loss at every scale, each divided by their number, for `jeton.train` to add. `inputs` (with labels) have as
-    many placeholders as the model's own scale; pictures are encoded once."""
+def loss(
+    model: BridgedLlava | BridgedLlavaNext,
+    inputs: Mapping[str, Any],
+    scales: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
+    """The model's loss at every scale, for `jeton.train` to add: their mean, as published, or weighted by `weights`, which are
+    divided by their sum. `inputs` (with labels) have as many placeholders as the model's own scale; pictures are encoded once."""
+    weights = [1.0] * len(scales) if weights is None else weights
+    if len(weights) != len(scales) or min(weights) < 0 or not sum(weights):
+        raise ValueError(f"weights must list a share for each of {len(scales)} scales, got {weights!r}.")
     rest = dict(inputs)
     own = model.bridge.tokens
-    features = torch.stack(model.model.get_image_features(rest.pop("pixel_values"), return_dict=True).pooler_output)
+    image_id = model.config.image_token_id
+    sizes = {name: rest.pop(name) for name in ("image_sizes",) if name in rest}
+    encoded = model.model.get_image_features(rest.pop("pixel_values"), **sizes, return_dict=True)
     found = {}
-    for tokens in scales:
-        short = shorten(rest, model.config.image_token_id, own, tokens)
-        encoded = BaseModelOutputWithPooling(pooler_output=list(pool(features, tokens)))
-        found[f"{tokens} tokens"] = model(**short, mm_encoder_outputs={"image": encoded}).loss / len(scales)
+    for tokens, weight in zip(scales, weights, strict=True):
+        if sizes:
+            crops = [pool(each, tokens) for each in encoded.crops]
+            shown, _ = model.model.pack_image_features(crops, sizes["image_sizes"], image_newline=model.model.image_newline)
+            short = shorten(rest, image_id, [len(each) for each in encoded.pooler_output], [len(each) for each in shown])
+        else:
+            shown = list(pool(torch.stack(encoded.pooler_output), tokens))
+            short = shorten(rest, image_id, own, tokens)
+        given = BaseModelOutputWithPooling(pooler_output=shown)
+        found[f"{tokens} tokens"] = model(**short, mm_encoder_outputs={"image": given}).loss * (weight / sum(weights))
     return found
 
 

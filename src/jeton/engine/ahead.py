@@ -45,7 +45,7 @@ class Ahead:
     ) -> None:
         view = prompt.view
         layer = view.layers[number]
-        self.prompt, self.mask, self.scale = prompt, mask, view.attention(layer).scaling
+        self.prompt, self.mask, self.scale, self.softcap = prompt, mask, view.attention(layer).scaling, view.softcap(layer)
         self.q, new = view.queries_keys(layer, hidden, *embeddings)
         cached = None if prompt.cache is None or number >= len(prompt.cache.layers) else prompt.cache.layers[number].keys
         self.k = new if cached is None or cached.numel() == 0 else torch.cat([cached, new], 2)
@@ -74,7 +74,7 @@ class Ahead:
         total = torch.zeros(column.shape, dtype=torch.float32, device=column.device)
         for start in range(0, column.shape[1], SLAB):
             part = column[:, start : start + SLAB]
-            seen = attention.rows(query_rows(q, part), k, self.scale, self._mask(sample, part)).mean(1)
+            seen = attention.rows(query_rows(q, part), k, self.scale, self._mask(sample, part), softcap=self.softcap).mean(1)
             if rows is not None:
                 seen = seen.masked_fill(~rows[:, start : start + SLAB, None], 0)
             total = total + gather(seen.sum(1), column + self.past)
@@ -83,7 +83,7 @@ class Ahead:
 
     def _rows(self, q: Tensor, column: Tensor) -> Tensor:
         everyone = torch.arange(q.shape[0], device=q.device)
-        return attention.rows(query_rows(q, column), self.k, self.scale, self._mask(everyone, column))
+        return attention.rows(query_rows(q, column), self.k, self.scale, self._mask(everyone, column), softcap=self.softcap)
 
     def _mask(self, sample: Tensor, column: Tensor) -> Tensor:
         return row_mask(self.mask, self.k, self.past, sample, column)
@@ -96,6 +96,7 @@ def row_mask(mask: Any, k: Tensor, past: int, sample: Tensor, column: Tensor) ->
     if mask is None or mask.dim() == 2:
         causal = (keys <= column[..., None] + past)[:, None]
         return causal if mask is None else causal & mask.bool()[sample][:, None, None]
+    mask = mask[..., -k.shape[2] :]  # a layer with a window has the last keys only
     return gather(mask.expand(k.shape[0], -1, -1, -1)[sample].transpose(1, 2), column).transpose(1, 2)
 
 

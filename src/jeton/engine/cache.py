@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..method import Method
 from .aside import aside
@@ -38,7 +38,8 @@ class CacheSite:
             self._check(kwargs["past_key_values"])
 
     def _check(self, cache: Any) -> None:
-        strange = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
+        plain = (DynamicLayer, DynamicSlidingWindowLayer) if self.prompt.view.windowed else (DynamicLayer,)
+        strange = {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}
         if strange:
             raise ValueError(
                 f"{self.prompt.run.spec} shrinks the cache after the prompt, which jeton does in a DynamicCache of plain layers; "
@@ -63,8 +64,7 @@ class CacheSite:
                     break
                 if id(own) not in index:
                     index[id(own)] = _within(own, final, prompt.total)
-                held, at = cache.layers[number], index[id(own)]
-                held.keys, held.values = (_picked(states, at) for states in (held.keys, held.values))
+                _keep(cache.layers[number], index[id(own)], prompt.total - (0 if own is None else own.offset))
             kept = {layer: one if layer < self.first else final for layer, one in memory.layers.items()}
             memory.layers = {**kept, self.first: final}
 
@@ -78,6 +78,15 @@ def _within(own: Kept | None, final: Kept, total: int) -> Tensor:
     columns = own.columns(total)
     place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
     return torch.zeros_like(columns[:, :1]).expand(-1, total).scatter(1, columns, place).gather(1, wanted)
+
+
+def _keep(held: Any, at: Tensor, total: int) -> None:
+    """Let a layer's cache hold the columns at (B, k) of its `total` alone. One with a window holds the last columns only: those
+    it has lost lie beyond the window for good, so that any key may stand in for them."""
+    if isinstance(held, DynamicSlidingWindowLayer):
+        held.cumulative_length = at.shape[1]
+        at = (at - (total - held.keys.shape[2])).clamp(min=0)[:, -held.sliding_window + 1 :]
+    held.keys, held.values = (_picked(states, at) for states in (held.keys, held.values))
 
 
 def _picked(states: Tensor, at: Tensor) -> Tensor:

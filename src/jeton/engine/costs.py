@@ -160,12 +160,12 @@ class Costs:
             projected = self.flow.scene.projected
             full += each * (projected if view.mixes else self.layout.album.patches)
             ran += each * projected
-        between = self.layout.images * view.between(self.length)
+        between = view.between(self.length, self.layout.album)
         return ran + between + self._mixing(), full + between
 
     def _mixing(self) -> float:
         """Products with dense matrices; other reductions only move and add."""
-        dense = [(tokens, last.matrix) for tokens, last in self.sites.values() if last.matrix is not None]
+        dense = [(tokens, part) for tokens, last in self.sites.values() for part in (last.matrix, last.back) if part is not None]
         return float(sum(2 * matrix.numel() * tokens.features.shape[2] for tokens, matrix in dense))
 
     def _encoder_flops(self) -> tuple[float, float]:
@@ -185,14 +185,23 @@ class Costs:
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)
+            ran += pictures * self._looked(number, before, width)
         own = self.run.learned.flops(round(start) - encoder.prefix) if pictures and lengths else 0.0
         return ran + pictures * own, full
 
+    def _looked(self, number: int, before: float, width: int) -> float:
+        """What a look ahead at a block costs beyond its attention: queries and keys of the tokens there were; where their map is
+        used, it is that of so many tokens, and queries and keys of those left are not computed."""
+        n, used = self.run.site.looked.get(number, (0, False))
+        return 4 * (n - before * used) * width * width + 4 * (n**2 - before**2) * width * used
+
     # -- pictures --------------------------------------------------------------------------------------------------------------
 
-    def assignment(self, image: int) -> list[Tensor]:
+    def assignment(self, image: int, block: int | None = None) -> list[Tensor]:
         """See `Run.assignment`."""
         site, layout = self.run.site, self.layout
+        if block is not None and not -len(site.encoder.blocks) <= block < len(site.encoder.blocks):
+            raise ValueError(f"the encoder has {len(site.encoder.blocks)} blocks; there is no block {block}.")
         images = layout.images if layout is not None else site.pictures
         if not 0 <= image < images:
             raise ValueError(f"the last forward had {images} images; there is no image {image}.")
@@ -200,17 +209,18 @@ class Costs:
         assert place is not None
         count = layout.album.counts[image] if layout is not None else place.unit.shape[1]
         owner = torch.arange(count)
-        if site.reduction is not None:
-            owner = self._through_encoder(image, owner)
-        for step in self.trail if self.flow is None else self.flow.scene.trail:
-            owner = _follow(owner, step, image)
+        inside = site.reduction if block is None else site.until(block)
+        if inside is not None:
+            owner = self._through_encoder(image, owner, inside)
+        if block is None:
+            for step in self.trail if self.flow is None else self.flow.scene.trail:
+                owner = _follow(owner, step, image)
         return _maps(owner, place, image, count)
 
-    def _through_encoder(self, image: int, owner: Tensor) -> Tensor:
-        """What the encoder's own reduction did to the slots of one image: each goes to its representative's slot."""
+    def _through_encoder(self, image: int, owner: Tensor, reduction: Reduction) -> Tensor:
+        """What a reduction in the encoder did to the slots of one image: each goes to its representative's slot."""
         site, layout = self.run.site, self.layout
-        reduction, prefix = site.reduction, self.run.encoder.prefix
-        assert reduction is not None
+        prefix = self.run.encoder.prefix
         assign, index = reduction.assign.cpu(), reduction.index.cpu()
         patch = layout.album.source[image, : len(owner), 0].cpu() if layout is not None else owner + image * site.patches
         picture, own = patch.clamp(min=0) // site.patches, patch.clamp(min=0) % site.patches

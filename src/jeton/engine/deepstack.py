@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..method import Unsupported
 from .aside import aside
 from .flow import Flow
 from .prompt import Prompt, padded
@@ -26,7 +27,12 @@ class Deepstack:
         if declared is None:
             return
         name = declared[1]
-        own = getattr(decoder, name)
+        own = getattr(decoder, name, None)
+        if own is None:
+            raise Unsupported(
+                f"jeton keeps DeepStack features with their tokens in {type(decoder).__name__}.{name}, which this version of "
+                "transformers does not have; use transformers 5.17 to 5.23, or a model without DeepStack, e.g. Qwen2.5-VL."
+            )
 
         @aside
         @functools.wraps(own)
@@ -57,4 +63,4 @@ class Deepstack:
         assert flow is not None
         deep = flow.scene.deep[level].to(hidden.device, hidden.dtype)
         flat = padded(hidden.flatten(0, 1))
-        return flat.index_add(0, flow.at.flatten(), deep.flatten(0, 1))[:-1].view_as(hidden)
+        return flat.index_add(0, flow.at.flatten().to(hidden.device), deep.flatten(0, 1))[:-1].view_as(hidden)

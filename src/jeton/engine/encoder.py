@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from ..layout import Album
 from ..learned import Learned
-from ..method import Method
+from ..method import Method, Unsupported
 from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
+    OF_OUTPUT,
     AnchorAttention,
     ClassAttention,
+    ClassLikeness,
     ClassSimilarity,
     Keys,
     MeanAttention,
@@ -34,11 +37,11 @@ from ..needs import (
     Trained,
     Values,
 )
-from ..ops import attention, pixels
+from ..ops import attention, pixels, similarity
 from ..ops.policy import policy_softmax
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
-from .aside import aside
+from .aside import aside, stand_in
 from .tap import Attention, Listener, add_bias
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class EncoderSite:
         self.run, self.encoder, self.depth, self.alone = run, encoder, depth, alone
         droppers = [m for m in methods if m.site == "pixels" and not m.resizes]
         self.pixels = [m for m in methods if m.site == "pixels" and m.resizes]
-        self.stepped = [m for m in methods if m.site == "block"]
+        self.stepped = [m for m in methods if m.site in ("block", "attention")]
         if not encoder.packed:  # patches leave in front of block 0; those of a packed encoder have left before it runs
             self.stepped = droppers + self.stepped
         self.only: Tensor | None = None
@@ -61,9 +64,9 @@ class EncoderSite:
         self._names = list(inspect.signature(encoder.entrance.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
-        self.texts = [need for need in late if isinstance(need, TextSimilarity)]
+        self.outputs = [need for need in late if isinstance(need, OF_OUTPUT)]
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
-        for need in late.difference(self.texts, self.seen):
+        for need in late.difference(self.outputs, self.seen):
             self._listener(self.block_of(need)).late.add(need)
         self.averaged = encoder.averaged(run.model)
         self.clear()
@@ -90,6 +93,7 @@ class EncoderSite:
         self.memory: Tensor | None = None
         self.policy: Tensor | None = None
         self.softened: list[Tokens] = []
+        self.imitated: list[Tensor] = []
         self.mask: Tensor | None = None
         self.place: Place | None = None
         self.special: Tensor | None = None
@@ -100,9 +104,15 @@ class EncoderSite:
         self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
         self.history: list[tuple[int, Reduction]] = []
+        self.undone_at: dict[int, int] = {}  # steps of the history that were undone, and behind which block
+        self.held: dict[int, tuple[int, dict[str, Any]]] = {}
+        self.seen_by: dict[str, int] = {}
+        self.looked: dict[int, tuple[int, bool]] = {}
         self.variance: Tensor | None = None
+        self.lent = False  # tokens that are away for a while will come back
         self.records: dict[Need, list[Tensor]] = defaultdict(list)
         self.records_at: dict[Need, Reduction | None] = {}
+        self.undone: set[Need] = set()
 
     # -- plugging in -------------------------------------------------------------------------------------------------
 
@@ -116,6 +126,9 @@ class EncoderSite:
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
+        probe = self.encoder.probe
+        if probe is not None and (self.stepped or (self.alone and self.run.methods)):
+            self.run.taps.listen(probe, _ProbeListener(self), functional=True)
         if self.averaged is not None:
             self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
             self.run.hook(self.averaged.register_forward_pre_hook(self._average))
@@ -137,13 +150,17 @@ class EncoderSite:
     def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.last = features_of(output)
 
+    def as_tokens(self, features: Tensor) -> Tokens:
+        """The tokens that left the last block, with these features."""
+        index = None if self.reduction is None else self.reduction.index
+        return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
+
     @aside
     def _average(self, module: nn.Module, args: tuple) -> tuple | None:
         """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
         tokens = self.run.tokens
         if tokens is None and self.last is not None:  # the head comes before the encoder's output
-            index = None if self.reduction is None else self.reduction.index
-            tokens = Tokens(self.last, self.mask, index, self.size, self.encoder.prefix)
+            tokens = self.as_tokens(self.last)
         if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
             return None
         weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
@@ -204,10 +221,9 @@ class EncoderSite:
     @aside
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
-        for need in self.texts:
-            assert need.tower is not None
+        for need in self.outputs:
             with self.run.clock.measure("selection"):
-                self.records[need].append(need.tower.similarity(features_of(output), need.questions, need.end, need.normed))
+                self.records[need].append(_of_output(need, features_of(output)))
                 self.records_at[need] = self.reduction
         if self.only is None:
             return None
@@ -235,7 +251,7 @@ class EncoderSite:
             step = method.reduce(blank)
             step = replace(step, index=step.index[:, : grid[0] * grid[1]], mask=None)
             small = self.encoder.smaller(inputs, method.picture, grid)
-        self._advance(_shift(step, self.encoder.prefix), -1)
+        self._advance(replace(step.behind(self.encoder.prefix), mask=None), -1)
         self.run.costs.count("pixels", method, blank, step)
         return small
 
@@ -250,85 +266,192 @@ class EncoderSite:
             plans, count = [], patches
             for method in self.stepped:
                 self.run.check_keep(method, count)
-                plans.append((method, method.steps(count, self.depth)))
+                plans.append((method, self._steps(method, count)))
                 count = method.promise(count, self.depth).count
             self._plans[patches] = plans
         return self._plans[patches]
 
-    def _forward(self, number: int, block: nn.Module, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        parts, last = self.encoder.parts(block), number == self.depth - 1
-        after = last or any(method.point == "after" for method in self.stepped)
+    def _steps(self, method: Method, count: int) -> list[Method | None]:
+        return (
+            method.lessons(count, self.depth)
+            if self.run.train and isinstance(method, Learned)
+            else method.steps(count, self.depth)
+        )
 
+    def _forward(self, number: int, block: nn.Module, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        parts = self.encoder.parts(block)
+
+        @stand_in
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            x, args, kwargs = self._prepare(number, block, hidden_states, args, kwargs)
-            mixed = parts.attention(parts.norm1(x), *args, **kwargs)
-            mixed = mixed[0] if isinstance(mixed, tuple) else mixed
-            x = parts.drop1(parts.scale1(mixed)) + x
-            x = self._between(number, x)
-            x = parts.drop2(parts.scale2(parts.mlp(parts.norm2(x)))) + x
-            return self._finally(number, x) if after else x
+            self._prepare(number, hidden_states)
+
+            @stand_in
+            def attend(y: Tensor, call: Callable[..., Any] = parts.attention) -> Tensor:
+                given, handed = self._handed(block, args, kwargs)
+                mixed = call(y, *given, **handed)
+                return mixed[0] if isinstance(mixed, tuple) else mixed
+
+            def look(x: Tensor) -> None:
+                attend(parts.norm1(x), parts.attention.forward)
+
+            x = self._step(number, "before", hidden_states, look)
+            around = self._around(number, x)
+            listener = self.listeners[number]
+            with listener.ahead(parts.attention):
+                mixed = self._half("attention", around, parts.norm1(x), attend, listener)
+            x = parts.add(x, parts.drop1(parts.scale1(mixed)))
+            x = self._step(number, "middle", x)
+            done = self._half("mlp", around, parts.norm2(x), parts.mlp, listener)
+            x = parts.add(x, parts.drop2(parts.scale2(done)))
+            self.lengths.append((self.seen_by["attention"], self.seen_by["mlp"]))
+            x = self._step(number, "after", x)
+            return self._conclude(x) if number == self.depth - 1 else x
 
         return forward
 
     @aside
-    def _prepare(self, number: int, block: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-        """What comes into a block: methods that act before it do so, and masks are cut to the tokens that are left."""
-        self._expect(number, x)
-        x = self._step(number, "before", x)
-        self.lengths.append((x.shape[1], x.shape[1]))
-        args = tuple(self._trim(value) for value in args)
-        return x, args, {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
+    def _handed(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A block's further arguments, cut to the tokens that are left."""
+        handed = self.encoder.handed(block, kwargs)
+        return tuple(self._trim(value) for value in args), {name: self._trim(value) for name, value in handed.items()}
 
     @aside
-    def _between(self, number: int, x: Tensor) -> Tensor:
-        """Behind a block's attention."""
-        x = self._step(number, "middle", x)
-        self.lengths[-1] = (self.lengths[-1][0], x.shape[1])
-        return x
-
-    @aside
-    def _finally(self, number: int, x: Tensor) -> Tensor:
-        """Behind a block."""
-        x = self._step(number, "after", x)
-        return self._conclude(x) if number == self.depth - 1 else x
-
-    def _expect(self, number: int, x: Tensor) -> None:
+    def _prepare(self, number: int, x: Tensor) -> None:
         """Tell the block's listener what this block's own steps will ask for."""
         asked: set[Need] = set()
-        for method, steps in self.plan(self._started(x) if number == 0 else self._start):
-            step = steps[number] if number < len(steps) else None
-            if step is not None and method.point != "before":
+        for _, step in self._at(number, x):
+            if step.point != "before":
                 asked |= {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
-        self.listeners[number].here = asked
+        self.listeners[number].here, self.listeners[number].kept = asked, None
+        self._look_away(number, x)
+
+    def _look_away(self, number: int, x: Tensor) -> None:
+        """Tell the block's listener which method says what its queries see."""
+        masks: list[tuple[Learned, dict[str, Any]]] = []
+        for method, steps in self.plan(self._start):
+            step = steps[number] if number < len(steps) else None
+            if method.site == "attention" and isinstance(step, Learned):
+                masks.append((step, {"learned": self.run.modules_of(method)}))
+        self.listeners[number].masks = masks
+
+    def _at(self, number: int, x: Tensor | None = None) -> list[tuple[Method, Method]]:
+        """Methods with what they do at this block."""
+        plans = self.plan(self._start if x is None or number else self._started(x))
+        return [(method, step) for method, steps in plans if number < len(steps) and (step := steps[number]) is not None]
 
     def _started(self, x: Tensor) -> int:
         self._start = x.shape[1] - self.encoder.prefix
         return self._start
 
-    def _step(self, number: int, point: str, x: Tensor) -> Tensor:
-        for method, steps in self.plan(self._start):
-            step = steps[number] if number < len(steps) else None
-            if step is None or method.point != point:
+    @aside
+    def _step(self, number: int, point: str, x: Tensor, look: Callable[[Tensor], None] | None = None) -> Tensor:
+        for method, step in self._at(number):
+            if step.point != point or step.around:
                 continue
+            if look is not None:
+                self._look_ahead(number, step, x, look)
             with self.run.clock.measure("selection"):
-                x = self._reduce(number, method, step, x)
+                x = self._undo(number, method, x) if step.undoes else self._reduce(number, method, step, x)
         return x
 
-    def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
-        tokens = self._tokens(x)
+    def _look_ahead(self, number: int, step: Method, x: Tensor, look: Callable[[Tensor], None]) -> None:
+        """What a step in front of a block asks of its attention: queries and keys of the tokens as they are."""
+        asked = {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
+        if asked or step.ahead:
+            self.listeners[number].look(asked, step.ahead, self.encoder.attention(self.encoder.blocks[number]), look, x)
+            self.looked[number] = (x.shape[1], step.ahead)
+
+    # -- fewer tokens for a while --------------------------------------------------------------------------------------
+
+    @aside
+    def _around(self, number: int, x: Tensor) -> list[tuple[Method, Reduction]]:
+        """What steps that are undone behind each half of this block decide, on the tokens in front of it."""
+        decided = []
+        for method, step in self._at(number):
+            if step.around:
+                with self.run.clock.measure("selection"):
+                    _, reduction = self._decide(number, method, step, x)
+                if not reduction.is_identity:
+                    decided.append((step, reduction))
+        return decided
+
+    @stand_in
+    def _half(
+        self,
+        half: str,
+        around: list[tuple[Method, Reduction]],
+        x: Tensor,
+        run: Callable[[Tensor], Tensor],
+        listener: _Listener,
+    ) -> Tensor:
+        """One half of a block, run on fewer tokens where a step stands around it; its result, and what was heard, on all."""
+        held, chosen = self._state(), [(step, reduction) for step, reduction in around if half in step.around]
+        if not chosen:
+            self.seen_by[half] = x.shape[1]
+            return run(x)
+        with self.run.clock.measure("selection"):
+            for step, reduction in chosen:
+                after = reduction.apply(Tokens(x, self.mask, None, self.size, self.encoder.prefix))
+                size = self.size if self.size is None else self.size.gather(1, reduction.index)
+                x, self.mask, self.size, self.lent = after.features, after.mask, after.size if step.proportional else size, True
+                self.reduction = reduction if self.reduction is None else self.reduction.then(reduction)
+                listener.reduced(reduction)
+        self.seen_by[half] = x.shape[1]
+        before, listener.now = listener.now, {}
+        x = run(x)
+        with self.run.clock.measure("selection"):
+            for _, reduction in reversed(chosen):
+                x = reduction.restore(Tokens(x)).features
+                listener.now = {need: _restored(value, need, reduction) for need, value in listener.now.items()}
+        listener.now = {**before, **listener.now}
+        self._set(held)
+        return x
+
+    def _state(self) -> dict[str, Any]:
+        names = ("reduction", "size", "order", "score", "memory", "mask", "variance", "lent")
+        return {name: getattr(self, name) for name in names}
+
+    def _set(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _undo(self, number: int, method: Method, x: Tensor) -> Tensor:
+        """The tokens there were before this method's last reduction, whatever has been done since."""
+        start, state = self.held.pop(id(method), (0, {}))
+        if not state:
+            return x
+        for at in reversed(range(start, len(self.history))):
+            if at not in self.undone_at:
+                self.undone_at[at] = number
+                x = self.history[at][1].restore(Tokens(x)).features
+        self._set(state)
+        return x
+
+    # -- one reduction -------------------------------------------------------------------------------------------------
+
+    def _decide(self, number: int, method: Method, step: Method, x: Tensor) -> tuple[Tokens, Reduction]:
+        tokens = self.tokens(x)
         listener = self.listeners[number]
         signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
-        if self.run.train:
-            return self._soften(method, step, tokens, signals)
         if self.mask is not None and not isinstance(getattr(method, "keep", None), int):
             quota = self._quota(number, method)
             signals |= {} if quota is None else {"quota": quota}
         reduction = step.reduce(tokens, signals)
         self.run.costs.count(method.site, method, tokens, reduction)
+        return tokens, reduction
+
+    def _reduce(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
+        if self.run.train and step.masking:  # type: ignore[attr-defined]
+            return self._soften(number, method, step, x)
+        tokens, reduction = self._decide(number, method, step, x)
         after = reduction.apply(tokens)
         self.score, self.memory = after.score, after.memory
         if reduction.is_identity:
             return x
+        if method.restores:
+            self.held[id(method)] = (len(self.history), {**self._state(), "score": tokens.score, "memory": tokens.memory})
+            self.lent = True
+        self.listeners[number].reduced(reduction)
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges
         self.size, self.order, self.mask = after.size, after.order, after.mask
         self._advance(reduction, number)
@@ -336,7 +459,7 @@ class EncoderSite:
             self.variance = self.variance.gather(1, reduction.index)
         return after.features
 
-    def _tokens(self, x: Tensor) -> Tokens:
+    def tokens(self, x: Tensor) -> Tokens:
         place, index = self.place, None if self.reduction is None else self.reduction.index
         if place is not None and index is not None:
             place = place.gather(index)
@@ -344,9 +467,11 @@ class EncoderSite:
             x, self.mask, index, self.size, self.encoder.prefix, place, self.order, self.score, self.memory, self.policy
         )
 
-    def _soften(self, method: Method, step: Method, tokens: Tokens, signals: dict[str, Any]) -> Tensor:
+    def _soften(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
         """A step in training: all tokens stay, and blocks see them by their policy from here on."""
         assert isinstance(step, Learned)
+        tokens, listener = self.tokens(x), self.listeners[number]
+        signals = {name: self._signal(need, listener, method) for name, need in step.needs().items()}
         after = step.soften(tokens, {**signals, "learned": self.run.modules_of(method)})
         self.size, self.order, self.score, self.memory = after.size, after.order, after.score, after.memory
         self.policy = after.policy
@@ -355,15 +480,31 @@ class EncoderSite:
         self.softened.append(replace(after, policy=self.policy))
         return after.features
 
+    @aside
     def _conclude(self, x: Tensor) -> Tensor:
         """Behind the last block: what a method hands on in place of the tokens that are left."""
         for method in self.stepped:
             if method.finishes:
-                after = method.finish(self._tokens(x))
+                after = method.finish(self.tokens(x))
                 self.reduction, self.mask = None, self.start_mask
                 self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
                 x = after.features
-        return x
+        return self._full(x) if self.run.restore and self.reduction is not None else x
+
+    def _full(self, x: Tensor) -> Tensor:
+        """Every patch of the pictures again, with the features of the token it went to."""
+        assert self.reduction is not None
+        with self.run.clock.measure("selection"):
+            restored = self.reduction.restore(self.tokens(x))
+            lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
+            if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
+                raise Unsupported(
+                    f"{self.run.spec} drops patches inside the encoder, so there is nothing to restore them from; use a method "
+                    f"that merges, e.g. tome, pitome or dymu, or leave out restore=True."
+                )
+        self.reduction, self.mask, self.variance = None, self.start_mask, None
+        self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+        return restored.features
 
     def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
         if isinstance(need, Trained):
@@ -379,6 +520,8 @@ class EncoderSite:
         """(B, 1) patches that pictures of different lengths keep at a block, each by the plan for its own length."""
         left = []
         for count in self.counts:
+            for other in self.stepped[: self.stepped.index(method)]:
+                count = other.promise(count, self.depth).count
             for step in method.steps(count, self.depth)[: number + 1]:
                 planned = count if step is None else getattr(step, "keep", None)
                 if not isinstance(planned, int):  # its steps find their own counts
@@ -391,6 +534,15 @@ class EncoderSite:
     def _advance(self, step: Reduction, number: int) -> None:
         self.history.append((number, step))
         self.reduction = step if self.reduction is None else self.reduction.then(step)
+
+    def until(self, block: int) -> Reduction | None:
+        """What all steps together did up to and with a block, but for those undone by then; None where none has acted."""
+        last = block % len(self.encoder.blocks)
+        done: Reduction | None = None
+        for at, (number, step) in enumerate(self.history):
+            if number <= last < self.undone_at.get(at, last + 1):
+                done = step if done is None else done.then(step)
+        return done
 
     def _trim(self, value: Any) -> Any:
         """An attention mask or rotary tables of the full sequence, cut to the tokens that are left; anything else as it is."""
@@ -420,9 +572,12 @@ class EncoderSite:
             calls = [_tokens_last(need, part) for part in self.records[need]]
             value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
             return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
-        value = _tokens_last(need, self.records[need][0]).movedim(-1, 1)
-        at = self.records_at[need]
-        if at is not None:
+        value, at = self.records[need][0], self.records_at[need]
+        back = need in self.undone or self.run.restore
+        if at is not None and back:
+            value = _restored(value, need, at)
+        value = _tokens_last(need, value).movedim(-1, 1)
+        if at is not None and not back:
             value = _spread(value, at.index, self.patches + self.encoder.prefix)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
@@ -439,8 +594,21 @@ class _Listener(Listener):
         self.late: set[Need] = set()
         self.here: set[Need] = set()
         self.now: dict[Need, Tensor] = {}
+        self.looking = False
+        self.kept: _Ahead | None = None
+        self.masks: list[tuple[Learned, dict[str, Any]]] = []
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        bias = self._per_key(query, key)
+        for step, signals in self.masks:
+            with self.site.run.clock.measure("selection"):
+                seen = step.sight(query, key, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
+            if seen is not None:
+                hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+                bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def _per_key(self, query: Tensor, key: Tensor) -> Tensor | None:
         site = self.site
         bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
         if site.mask is not None and site.reduction is not None:
@@ -450,17 +618,25 @@ class _Listener(Listener):
         return bias
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
-        if not self.here and not self.late:
+        site = self.site
+        if self.looking and self.kept is not None:
+            self.kept.query, self.kept.key, self.kept.mask = query, key, mask
+        if site.run.train and not self.looking:
+            for step, signals in self.masks:
+                part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
+                site.imitated += [] if part is None else [part]
+        if not self.here and (not self.late or self.looking):
             return
-        if self.site.policy is not None:  # in training signals are read as if masked tokens had left
-            mask = add_bias(mask, self.site.policy.detach().log()[:, None, None].to(query.dtype))
-        with self.site.run.clock.measure("selection"):
-            real = self.site.mask
-            self.now = {need: _measure(need, query, key, value, mask, real, scale) for need in self.here}
-            for need in self.late:
+        if site.policy is not None:  # in training signals are read as if masked tokens had left
+            mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
+        with site.run.clock.measure("selection"):
+            self.now = {need: _measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
+            for need in set() if self.looking else self.late:
                 for part in self._calls(query, key, value, mask, extra):
-                    self.site.records[need].append(_measure(need, *part, real, scale))
-                self.site.records_at[need] = self.site.reduction
+                    site.records[need].append(_measure(need, *part, site.mask, scale))
+                site.records_at[need] = site.reduction
+                if site.lent:
+                    site.undone.add(need)
 
     def _calls(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
@@ -477,7 +653,12 @@ class _Listener(Listener):
         return [(*part, None) for part in parts]
 
     def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """In training, attention under the policy."""
+        """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
+        attention under the policy."""
+        if self.looking:
+            return query.new_zeros(()).expand(query.transpose(1, 2).shape), None
+        if self.kept is not None:
+            return self.kept.attend(original, value), None
         policy = self.site.policy
         if policy is None:
             return None
@@ -485,9 +666,105 @@ class _Listener(Listener):
         weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
+    # -- the attention of the tokens there were in front of the block -----------------------------------------------------
+
+    def look(self, asked: set[Need], ahead: bool, module: nn.Module, call: Callable[[Tensor], None], x: Tensor) -> None:
+        """Run the block's attention on x as far as queries and keys, and measure what is asked."""
+        here, kept = self.here, _Ahead() if ahead else self.kept
+        self.here, self.looking, self.kept = asked, True, kept if ahead else None
+        try:
+            with idle(module, *VALUES, *OUTPUTS):
+                call(x)
+        finally:
+            self.here, self.looking, self.kept = here, False, kept
+
+    def reduced(self, reduction: Reduction) -> None:
+        """The tokens in front of the block have changed."""
+        if self.kept is not None:
+            self.kept.reduction = reduction if self.kept.reduction is None else self.kept.reduction.then(reduction)
+
+    @contextmanager
+    def ahead(self, module: nn.Module) -> Iterator[None]:
+        """While the block's attention runs: where it was looked ahead of, its own queries and keys are not needed again."""
+        if self.kept is not None and self.kept.reduction is None:
+            self.kept = None
+        try:
+            with nullcontext() if self.kept is None or self.here or self.late else idle(module, *QUERIES, *KEYS):
+                yield
+        finally:
+            self.kept = None
+
+
+class _Ahead:
+    """Queries and keys of the tokens in front of a block, and the reduction that came between them and its attention."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    reduction: Reduction | None = None
+
+    def attend(self, original: Attention, value: Tensor) -> Tensor:
+        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
+
+        Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
+        be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.
+        """
+        assert self.reduction is not None
+        each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
+        each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
+
+
+# the usual names of an attention module's projections
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out_proj")
+
+
+@contextmanager
+def idle(module: nn.Module, *names: str) -> Iterator[None]:
+    """Let linear maps of these names rest: what they would give is not needed. Where a model names them otherwise they run."""
+    resting = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+    saved = [part.__dict__.get("forward") for part in resting]
+
+    def rest(width: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
+
+    for part in resting:
+        part.forward = rest(part.out_features)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part, own in zip(resting, saved, strict=True):
+            if own is None:
+                del part.forward
+            else:
+                part.forward = own
+
+
+class _ProbeListener(Listener):
+    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        tokens = self.site.run.tokens
+        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
+        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
+        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
+            hidden = ~tokens.mask[:, None, None]
+            bias = query.new_zeros(hidden.shape) if bias is None else bias
+            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
+        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
+
 
 def _measure(
-    need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None, scale: float
+    need: Need,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """One signal from one attention call."""
     if getattr(need, "joined", False):
@@ -509,6 +786,14 @@ def _measure(
     if isinstance(need, Values):
         return value.mean(1)
     raise TypeError(f"{need} cannot be read in an encoder.")
+
+
+def _of_output(need: Need, hidden: Tensor) -> Tensor:
+    """One signal from what the encoder hands out, special tokens included."""
+    if isinstance(need, ClassLikeness):
+        return similarity.to_first(hidden, need.metric)
+    assert isinstance(need, TextSimilarity) and need.tower is not None
+    return need.tower.similarity(hidden, need.questions, need.end, need.normed)
 
 
 def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
@@ -539,6 +824,14 @@ def _tokens_last(need: Need, value: Tensor) -> Tensor:
     return value.transpose(1, 2) if value.dim() == 3 and (not need.heads or isinstance(need, TextSimilarity)) else value
 
 
+def _restored(value: Tensor, need: Need, reduction: Reduction) -> Tensor:
+    """A signal of the tokens that a reduction made, for those it was made of."""
+    first = _tokens_last(need, value).movedim(-1, 1)
+    flat = reduction.restore(Tokens(first.flatten(1).unflatten(1, (first.shape[1], -1)))).features
+    back = flat.reshape(first.shape[0], reduction.n, *first.shape[2:])
+    return back.movedim(1, -1) if value.dim() > 2 and need.heads else back
+
+
 def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:
     out = value.new_zeros(value.shape[0], n, *value.shape[2:])
     shape = index.shape + (1,) * (value.dim() - 2)
@@ -560,15 +853,3 @@ def _widened(place: Place, front: int, back: int) -> Place:
         if isinstance(value, Tensor)
     }
     return replace(place, **fields)
-
-
-def _shift(step: Reduction, prefix: int) -> Reduction:
-    """A reduction of patches alone as one that leaves special tokens in front untouched."""
-    if prefix == 0:
-        return step
-    batch = step.index.shape[0]
-    front = torch.arange(prefix, device=step.index.device).expand(batch, -1)
-    index = torch.cat([front, step.index + prefix], 1)
-    assign = torch.cat([front, torch.where(step.assign < 0, -1, step.assign + prefix)], 1)
-    weight = None if step.weight is None else torch.nn.functional.pad(step.weight, (prefix, 0), value=1.0)
-    return Reduction(index, assign, weight, prefix=prefix)

@@ -19,6 +19,7 @@ from .aside import aside
 from .deepstack import Deepstack
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
+from .masks import Whole, is_wide, made, taken
 from .prompt import Prompt, padded
 from .virtual import remembered
 from .words import paired_text, prompt_number
@@ -27,6 +28,7 @@ _UNKNOWN = (
     "pictures were reduced before the language model, but the prompt came without input_ids that show where they stand (a "
     "prefill in chunks, or features put into inputs_embeds by hand); pass input_ids, or use a method of the site entry or layer."
 )
+_SHAPE = "an attention mask is (batch, length) or (batch, 1, new, length), got {}."
 
 
 class Entrance:
@@ -34,6 +36,7 @@ class Entrance:
         self.prompt, self.gallery, self.methods, self.virtual = prompt, gallery, methods, virtual
         self.deepstack = Deepstack(prompt)
         self.asked: tuple[Tensor | None, dict | None] | None = None
+        self.given: Tensor | None = None
         self.memories: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
 
     def attach(self) -> None:
@@ -52,13 +55,21 @@ class Entrance:
     # -- the whole model -----------------------------------------------------------------------------------------------
 
     @aside
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward starts: does it bring pictures, and can they be found in its prompt?"""
+        self._open(args, kwargs)
+        cache = kwargs.get("past_key_values")
+        if self.prompt.view.masked_above and cache is not None:
+            kwargs = {**kwargs, "past_key_values": Whole(cache, cache.get_seq_length())}
+        return args, kwargs
+
+    def _open(self, args: tuple, kwargs: dict) -> None:
         names = ("input_ids", "pixel_values")
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         encoded = {stream: value for stream, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
         pixels = any(value is not None for name, value in inputs.items() if name.startswith("pixel_values"))
         self.asked = self.prompt.left = None
+        self.given = inputs.get("attention_mask")
         if pixels:  # this forward encodes its pictures itself: earlier ones are not in its prompt
             self.gallery.scenes.clear()
         if inputs.get("input_ids") is None and self.gallery.waits():
@@ -72,6 +83,14 @@ class Entrance:
         if not pixels and not encoded:
             self.prompt.run.costs.text_only(inputs.get("past_key_values") is not None)
             return
+        missing = [name for name in self.prompt.view.needed if inputs.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"without {', '.join(missing)} {self.prompt.view.name} does not know which tokens see each other; let the "
+                f"model's processor write the prompt."
+            )
+        if isinstance(self.given, Tensor) and self.given.dim() not in (2, 4):
+            raise ValueError(_SHAPE.format(tuple(self.given.shape)))
         self.asked = (inputs.get("input_ids"), None if pixels else encoded)
 
     def _show(self) -> None:
@@ -108,6 +127,8 @@ class Entrance:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
+        if isinstance(cache, Whole):
+            cache = kwargs["past_key_values"] = cache.cache
         if cache is not None:
             cache.__dict__.pop("get_seq_length", None)
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
@@ -117,9 +138,11 @@ class Entrance:
         known.length = held + (0 if known.entry is None else known.entry.offset)
         prompt.cache = cache
         prompt.memory, prompt.new, prompt.past = known, tokens.shape[1], known.length
-        prompt.mask, prompt.stage = kwargs.get("attention_mask"), None
+        prompt.stage = None
         prompt.run.enter()
         kwargs["position_ids"] = self._numbered(kwargs.get("position_ids"), tokens)
+        wide = self._split(kwargs, tokens)
+        prompt.mask = kwargs.get("attention_mask")
         if prompt.flow is not None:
             self.deepstack.take(prompt.flow, kwargs)
             self._shorten(prompt.flow, kwargs)
@@ -134,7 +157,30 @@ class Entrance:
         prompt.decoding = prompt.flow is None and arriving.shape[1] == 1 and prompt.held > 0
         if prompt.flow is not None:
             prompt.run.costs.enter(arriving.shape[1], prompt.new, kwargs.get("attention_mask"))
+        if wide is not None:
+            kwargs["attention_mask"] = self._taken(wide)
         return (), kwargs
+
+    def _split(self, kwargs: dict, tokens: Tensor) -> Any:
+        """What says for each query what it may look at, for the whole conversation, where the language model is given such masks
+        or would make some that count columns; what is left in `kwargs` is the mask (batch, length) beside it."""
+        prompt, mask = self.prompt, kwargs.get("attention_mask")
+        wide = mask if is_wide(mask) else None
+        if wide is not None:
+            kwargs["attention_mask"] = self.given if isinstance(self.given, Tensor) and self.given.dim() == 2 else None
+        elif prompt.view.windowed and (prompt.flow is not None or prompt.memory.touched):
+            wide = made(prompt.view.decoder, tokens, mask, prompt.past)
+        for one in wide.values() if isinstance(wide, dict) else [wide]:
+            if one is not None and (prompt.flow is not None or prompt.memory.touched) and one.shape[2] != prompt.new:
+                raise ValueError(_SHAPE.format(tuple(one.shape)))
+        return wide
+
+    def _taken(self, wide: Any) -> Any:
+        entry, made, total = self.prompt.memory.entry, self.prompt.left, self.prompt.past + self.prompt.new
+        if entry is None:
+            return wide
+        rows = None if made is None or self.prompt.flow is None else made.index
+        return taken(wide, rows, entry.columns(total), entry.real(total), self.prompt.new)
 
     def _numbered(self, ids: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Position ids, counted as the model would without any reduction."""
@@ -203,23 +249,8 @@ class Entrance:
         columns, real = entry.columns(total), entry.real(total)
         if mask is None:
             return torch.ones_like(columns) if real is None else real.long()
-        if mask.dim() == 4 and mask.shape[2] == self.prompt.new:
-            return self._wide(mask, columns, real)
-        if mask.dim() != 2:
-            raise ValueError(f"an attention mask is (batch, length) or (batch, 1, new, length), got {tuple(mask.shape)}.")
         cut = mask.gather(1, columns)
         return cut if real is None else cut * real.to(cut.dtype)
-
-    def _wide(self, mask: Tensor, columns: Tensor, real: Tensor | None) -> Tensor:
-        """A mask (B, 1, new, length) that says for each query what it may look at, cut likewise."""
-        made = self.prompt.left
-        if made is not None and self.prompt.flow is not None:
-            mask = mask.gather(2, made.index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        if real is None:
-            return mask
-        gone = ~real.bool()[:, None, None]
-        return mask & ~gone if mask.dtype == torch.bool else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
 
     def _cached(self, kwargs: dict) -> bool:
         if kwargs.get("past_key_values") is not None:
@@ -241,7 +272,7 @@ class Entrance:
         if entry is not None and entry.offset:
             offset, length = entry.offset, type(cache).get_seq_length
             held = weakref.ref(cache)
-            cache.get_seq_length = lambda layer_idx=0: length(held(), layer_idx) + offset
+            cache.get_seq_length = lambda layer_idx=0: length(held()) + offset
 
 
 def pick(ids: Tensor | None, index: Tensor) -> Tensor:

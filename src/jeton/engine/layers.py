@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from ..method import Method
 from ..needs import (
@@ -29,11 +31,13 @@ from ..needs import (
 )
 from ..ops import attention, budget, neurons
 from ..ops.pagerank import importance, pagerank
-from ..tokens import gather
+from ..tokens import Tokens, gather
 from .ahead import Ahead, Heard, is_ahead, row_mask
 from .aside import aside
 from .entrance import pick
 from .flow import Cut, Kept, whole
+from .masks import hidden as hidden_columns
+from .masks import looking_back, taken
 from .prompt import Prompt, padded
 from .raters import Raters
 from .tap import Listener
@@ -52,7 +56,7 @@ class Stage:
     kept: Kept
     cut: Cut | None = None
     fitted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def fit(self, kwargs: dict, hidden: Tensor) -> dict:
         """The layer's arguments, cut to the columns that are left."""
@@ -66,9 +70,9 @@ class Stage:
     def _embeddings(self, given: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         if self.cut is None and not self.prompt.run.compact:
             return given
-        if self.rotary is None:
-            self.rotary = self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
-        return self.rotary
+        if id(given) not in self.rotary:  # layers of one kind are given the same
+            self.rotary[id(given)] = given, self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
+        return self.rotary[id(given)][1]
 
     def _gathered(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.cut is not None
@@ -99,28 +103,13 @@ class Stage:
         if mask.dim() == 2:
             cut = mask.gather(1, columns)
             return cut if real is None else cut * real.to(cut.dtype)
-        mask = mask.expand(columns.shape[0], -1, -1, -1)
-        if self.cut is not None:
-            mask = gather(mask.transpose(1, 2), self.cut.index).transpose(1, 2)
-        mask = mask.gather(3, columns[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        return mask if real is None else _hide(mask, real)
+        return taken(mask, None if self.cut is None else self.cut.index, columns, real, hidden.shape[1])
 
     def _built(self, real: Tensor, hidden: Tensor) -> Tensor:
         """A causal mask where the model left it to its kernel, but samples now differ in length."""
         if "flash" in self.prompt.view.decoder.config._attn_implementation:
             return real.long()
-        rows, keys = hidden.shape[1], real.shape[1]
-        causal = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=real.device).tril(keys - rows)
-        return _hide(causal, real)
-
-
-def _hide(mask: Tensor, real: Tensor) -> Tensor:
-    """A boolean or additive mask (B, 1, q, n) with padding columns hidden; every row may see itself, so that none is empty."""
-    rows, keys = mask.shape[-2:]
-    at = torch.arange(keys, device=mask.device)
-    own = at == (at[:rows, None] + keys - rows)
-    hide = ~real[:, None, None] & ~own
-    return mask & ~hide | own if mask.dtype == torch.bool else mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+        return hidden_columns(looking_back(hidden.shape[1], real), real)
 
 
 class LayerSite:
@@ -133,9 +122,10 @@ class LayerSite:
         self.heard: dict[tuple[int, Need], Heard] = {}
         self.fired: dict[tuple[int, float], Tensor] = {}
         self.raters: dict[str, Raters] = {}
-        # by layer, raters and whether it is their peak: (R, L), where visual tokens stood, and of how many columns
-        self.rated: dict[tuple[int, str, bool], tuple[Tensor, Tensor, int]] = {}
+        # by layer and need: (R, L), where visual tokens stood, and of how many columns
+        self.rated: dict[tuple[int, TextAttention], tuple[Tensor, Tensor, int]] = {}
         self.ranks: dict[tuple[int, str], Tensor] = {}
+        self.rotary: tuple[Tensor, Tensor] | None = None  # of the layer that runs, where a listener asks for it
         self.counts: list[int] | None = None
 
     def plan(self, count: int, first: int) -> Plan:
@@ -183,6 +173,12 @@ class LayerSite:
                 run.hook(view.gated(layer).down.register_forward_pre_hook(functools.partial(self._fire, number, tops)))
             if number >= first:
                 run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
+            if any(isinstance(need, TextAttention) and need.unbiased for need in here):
+                run.hook(layer.register_forward_pre_hook(self._turned, with_kwargs=True))
+
+    @aside
+    def _turned(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.rotary = kwargs["position_embeddings"]
 
     @staticmethod
     def _read_at(need: Need, layer: int) -> int:
@@ -205,7 +201,7 @@ class LayerSite:
         prompt, scene = self.prompt, self.prompt.scene
         if rated and prompt.flow is not None:
             with prompt.run.clock.measure("selection"):
-                seen = (prompt.flow, kwargs["inputs_embeds"], kwargs.get("attention_mask"))
+                seen = (prompt.flow, kwargs["inputs_embeds"], prompt.real)
                 self.raters.update({which: Raters.choose(*seen, which) for which in rated})
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.first = [NOMINAL] if prompt.flow is None else prompt.flow.first
@@ -288,7 +284,7 @@ class LayerSite:
         if isinstance(need, PromptNumber):
             return prompt_number(flow)
         if isinstance(need, TextAttention):
-            rated, columns, length = self.rated[self._read_at(need, number), need.raters, need.peak]
+            rated, columns, length = self.rated[self._read_at(need, number), need]
             at = columns.gather(1, flow.scene.rows.slot)
             return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
         if isinstance(need, RaterRank):
@@ -323,11 +319,32 @@ class LayerSite:
         for method, step in self.steps[number]:
             ahead = self._ahead(number, hidden, kwargs) if any(map(is_ahead, step.needs().values())) else None
             signal = functools.partial(self._signal, number, ahead)
+            if step.zeroes:
+                self._zero(kwargs.get("past_key_values"), number - 1, step, tokens, signal)
+                continue
             tokens = prompt.reduce(method, step, tokens, "layer", signal, self._quota(method, number))
         if tokens.size is None:
             return hidden
         flat = flat.index_put((flow.at.flatten(),), tokens.features.flatten(0, 1).to(flat.dtype))
         return flat[:-1].view_as(hidden)
+
+    def _zero(self, cache: Any, number: int, step: Method, tokens: Tokens, signal: Callable[[Need], Tensor]) -> None:
+        """Keys and values of a layer that has run become zero where tokens stood that the step would drop."""
+        prompt, flow = self.prompt, self.prompt.flow
+        assert flow is not None
+        if cache is None:
+            return
+        layer = cache.layers[number]
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"{prompt.run.spec} writes zeros into the cache, which jeton does in a DynamicCache of plain layers; this one "
+                f"has {type(layer).__name__}. Leave out cache_implementation."
+            )
+        gone = step.reduce(tokens, {name: signal(need) for name, need in step.needs().items()}).assign < 0
+        zero = torch.zeros(flow.layout.batch * flow.length + 1, dtype=torch.bool, device=gone.device)
+        zero = zero.index_put((flow.at.flatten(),), gone.flatten())[:-1].view(flow.layout.batch, 1, flow.length, 1)
+        zero = torch.nn.functional.pad(zero, (0, 0, layer.keys.shape[2] - flow.length, 0))
+        layer.keys, layer.values = (states.masked_fill(zero, 0) for states in (layer.keys, layer.values))
 
 
 class _Listener(Listener):
@@ -346,38 +363,68 @@ class _Listener(Listener):
         past = key.shape[2] - query.shape[2]
         with prompt.run.clock.measure("selection"):
             cut = None if prompt.stage is None else prompt.stage.cut
-            for which in {need.raters for need in (*self.text, *self.ranks)}:
-                peaks = any(need.peak for need in self.text if need.raters == which)
-                ranked = any(need.raters == which for need in self.ranks)
-                *both, rank = self.site.raters[which].attention(query, key, mask, scale, prompt.flow, cut, peaks, ranked)
+            asked = {(need.raters, need.unbiased, need.strongest): None for need in self.text}
+            for which, unbiased, strongest in {**asked, **{(need.raters, False, None): None for need in self.ranks}}:
+                needs = [
+                    each for each in self.text if (each.raters, each.unbiased, each.strongest) == (which, unbiased, strongest)
+                ]
+                plain = not unbiased and strongest is None
+                *both, rank = self.site.raters[which].attention(
+                    query,
+                    key,
+                    mask,
+                    scale,
+                    prompt.flow,
+                    cut,
+                    peaks=any(need.peak for need in needs),
+                    ranked=plain and any(need.raters == which for need in self.ranks),
+                    ones=self._ones(query) if unbiased else None,
+                    strongest=strongest,
+                    softcap=extra.get("softcap"),
+                )
                 if rank is not None:
                     self.site.ranks[self.number, which] = rank
-                for peak, seen in enumerate(both):
-                    self.site.rated[self.number, which, bool(peak)] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
+                for need in needs:
+                    seen = both[need.peak]
+                    self.site.rated[self.number, need] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
             for need in self.needs:
                 if isinstance(need, LayerValues):
                     self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
                 elif isinstance(need, PageRank):
-                    self._hear(need, self._ranks(need, query, key, mask, scale)[:, None])
+                    self._hear(need, self._ranks(need, query, key, mask, scale, extra.get("softcap"))[:, None])
             if LastAttention not in self.kinds and LastSimilarity not in self.kinds:
                 return
             # (B,) the last token, among the new ones
             last = query.new_full((query.shape[0],), query.shape[2] - 1, dtype=torch.long) if prompt.last is None else prompt.last
             if mask is not None:
                 mask = mask[:, None, None].bool() if mask.dim() == 2 else _row(mask, last)
-            for kind, states, others, at in ((LastAttention, query, key, last), (LastSimilarity, value, value, last + past)):
+            softcap = extra.get("softcap")
+            for kind, states, others, at, cap in (
+                (LastAttention, query, key, last, softcap),
+                (LastSimilarity, value, value, last + past, None),
+            ):
                 if kind in self.kinds:
-                    rows = attention.rows(_row(states, at), others, scale, mask)[:, :, 0]
+                    rows = attention.rows(_row(states, at), others, scale, mask, softcap=cap)[:, :, 0]
                     for need in self.needs:
                         if isinstance(need, kind):
                             self._hear(need, rows, past)
+
+    def _ones(self, query: Tensor) -> Tensor:
+        """(B, L, d) a vector of ones, rotated to the position of every column of this forward."""
+        view, rotary = self.site.prompt.view, self.site.rotary
+        assert rotary is not None
+        cos, sin = (part.float().expand(query.shape[0], -1, -1) for part in rotary)
+        ones = torch.ones_like(query[:, :1], dtype=torch.float32)
+        return view.rotated(view.layers[self.number], ones, cos, sin)[:, 0]
 
     def _hear(self, need: Need, rows: Tensor, past: int = 0) -> None:
         assert self.site.prompt.flow is not None
         self.site.heard[self.number, need] = Heard(rows, past, self.site.prompt.flow)
 
     @torch.no_grad()
-    def _ranks(self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def _ranks(
+        self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    ) -> Tensor:
         """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
         batch, heads, length, _ = query.shape
         past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
@@ -391,7 +438,8 @@ class _Listener(Listener):
                 seen = row_mask(None if mask is None else mask[:, : past + stop], keys, past, everyone, column)
             else:
                 seen = mask[:, :, begin:stop, : past + stop]
-            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen)[..., past:]
+            cap = None if softcap is None else softcap / need.temperature
+            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen, softcap=cap)[..., past:]
             return share.masked_fill(~real[:, None, begin:stop, None], 0)  # a row of padding may see no key at all
 
         return importance(pagerank(rows, real / real.sum(1, keepdim=True), heads, need.rounds, need.block))

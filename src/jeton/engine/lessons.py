@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,13 @@ class Lessons(nn.ModuleDict):
                 f"training wrote, see jeton train {name}), or train=True to train them."
             )
         self.shape = encoder.shape(depth)
-        with nullcontext() if train else torch.random.fork_rng(devices=[]):  # what is drawn is read over
+        if method.weights is None:
             module = method.build(self.shape)
+        else:
+            with torch.random.fork_rng(devices=[]):  # what is drawn is read over
+                module = load(method, self.shape)
         if module is None:
             return
-        if method.weights is not None:
-            load(module, method, self.shape)
         self.methods[name] = method
         self[name] = module.float().to(next(encoder.model.parameters()).device)
         if not train:

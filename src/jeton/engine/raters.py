@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import attention
+from ..ops import attention, rotation
 from ..tokens import gather
 from .ahead import SLAB, query_rows, row_mask
 from .flow import Cut, Flow
@@ -27,7 +27,7 @@ class Raters:
 
     @classmethod
     def choose(cls, flow: Flow, embeds: Tensor, mask: Tensor | None, which: str = "relevant") -> Raters:
-        """embeds (B, L, D) and the 2-D mask of the whole conversation, as they enter the language model. `which` of the text
+        """embeds (B, L, D) as they enter the language model, mask (B, L) true where no padding is. `which` of the text
         behind an image rates it: what is "relevant", or "all" of it."""
         batch, length, _ = embeds.shape
         layout, device = flow.layout, embeds.device
@@ -52,12 +52,17 @@ class Raters:
         scale: float,
         flow: Flow,
         cut: Cut | None,
-        peaks: bool,
+        *,
+        peaks: bool = False,
         ranked: bool = False,
+        softcap: float | None = None,
+        ones: Tensor | None = None,
+        strongest: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(R, keys) their attention in a layer that sees the columns of `cut`, averaged over heads, a slab of text at a time: the
         mean over raters, and with `peaks` the largest; `ranked`, also the rank (R, 1) of each image's matrix (raters, tokens). An
-        image without text behind it is rated by the last token that is left of its prompt."""
+        image without text behind it is rated by the last token that is left of its prompt. `ones` (B, L, d), rotated as queries
+        and keys are, takes the bias by position out; `strongest`: see `TextAttention`."""
         text, weight = self.text, self.weight
         if cut is not None:
             text, weight = text.gather(1, cut.index), weight.gather(1, cut.index[self.sample])
@@ -72,13 +77,21 @@ class Raters:
         everyone = torch.arange(query.shape[0], device=query.device)
         past = key.shape[2] - query.shape[2]
         mean = peak = torch.zeros(weight.shape[0], key.shape[2], device=query.device)
+        each = mean[:, None]
         at, tables = flow.at % flow.length + past, []  # padding reads a text column, hidden below
         for start in range(0, columns.shape[1], SLAB):
             part = slice(start, start + SLAB)
             seen = row_mask(mask, key, past, everyone, columns[:, part])
-            rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen).mean(1)
-            rows = rows.masked_fill(~real[:, part, None], 0)  # a row of padding may see no key at all
-            rows, share = rows[self.sample], weight[:, None, part]
+            rows = attention.rows(query_rows(query, columns[:, part]), key, scale, seen, softcap=softcap)
+            rows = rows.masked_fill(~real[:, None, part, None], 0)  # a row of padding may see no key at all
+            if ones is not None:
+                bias = rotation.bias(gather(ones, columns[:, part]), ones)[:, None]
+                rows = torch.cat([rows[..., :past], rows[..., past:] / bias], -1)
+            share = weight[:, None, part]
+            if strongest is not None:
+                each = each + (share[:, None] @ rows[self.sample])[:, :, 0]
+                continue
+            rows = rows.mean(1)[self.sample]
             mean = mean + (share @ rows)[:, 0]
             if peaks:
                 peak = torch.maximum(peak, rows.masked_fill(share.mT == 0, 0).amax(1))
@@ -86,8 +99,18 @@ class Raters:
                 table = rows.gather(2, at[:, None].expand(-1, rows.shape[1], -1)).masked_fill(share.mT == 0, 0)
                 shown = flow.scene.rows.mask
                 tables.append(table if shown is None else table.masked_fill(~shown[:, None], 0))
+        if strongest is not None:
+            mean = _strongest(each, at, flow.scene.rows.mask, strongest)
         rank = torch.linalg.matrix_rank(torch.cat(tables, 1).float())[:, None] if ranked else None
         return mean, peak, rank
+
+
+def _strongest(each: Tensor, at: Tensor, real: Tensor | None, heads: int) -> Tensor:
+    """(R, keys) the mean over those `heads` of each (R, H, keys) in which an image's tokens, at (R, K), have most."""
+    shown = each.gather(2, at[:, None].expand(-1, each.shape[1], -1))
+    total = (shown if real is None else shown.masked_fill(~real[:, None], 0)).sum(2)
+    most = total.argsort(dim=1, descending=True, stable=True)[:, :heads]
+    return gather(each, most).mean(1)
 
 
 def _first(chosen: Tensor, k: int) -> Tensor:

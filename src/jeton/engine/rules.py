@@ -47,7 +47,7 @@ class RuleSite:
             gated = view.gated(view.layers[number])
             self._check(gated)
             run.hook(gated.down.register_forward_pre_hook(functools.partial(self._count, number, core)))
-            mlp: Any = view.parts(view.layers[number]).mlp
+            mlp: Any = view.layers[number].mlp
             run.stand_in(mlp, functools.partial(self._few, number, gated))
         if self.skips:
             run.hook(view.decoder.register_forward_pre_hook(self._fresh))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch._dynamo.utils
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from ..layout import Layout
@@ -20,6 +21,7 @@ from ..models import Encoder, VisionLanguage, adapt
 from ..needs import (
     IN_ENCODER,
     ClassAttention,
+    ClassLikeness,
     ClassSimilarity,
     Given,
     LastAttention,
@@ -40,7 +42,9 @@ from .groups import Groups
 from .layers import LayerSite
 from .lessons import Lessons, Student
 from .loss import Loss
+from .masks import WindowSite
 from .outlet import Outlet
+from .picture import seen, sheet
 from .projector import ProjectorSite
 from .prompt import Prompt
 from .report import Report
@@ -57,6 +61,7 @@ def apply(
     *,
     positions: str = "keep",
     newlines: str | None = None,
+    restore: bool = False,
     train: bool = False,
     **fields: Any,
 ) -> Run:
@@ -69,6 +74,9 @@ def apply(
     them without gaps, which is a different function and what some papers mean.
     newlines: what becomes of structure tokens (newlines of any-resolution models): "keep", "drop" or "pool" (let them compete);
     None leaves it to the method.
+    restore: methods inside the encoder shorten the encoder alone: behind its last block every patch gets the features of the
+    token it was merged into, and what follows sees them all. So methods that merge work in front of a projector that mixes
+    neighbouring patches, and dense features come out of an encoder that stands alone. Methods behind it act on what is restored.
     train: for an encoder (with or without a task head) and a method that is trained: tokens stay and are masked, so that
     gradients reach what decides about them. `run.student()` is what to train, `run.losses()` what the method adds to the loss,
     `run.save` writes what was learned; see `jeton.learned`.
@@ -81,19 +89,26 @@ def apply(
     if newlines not in (None, "keep", "drop", "pool"):
         raise ValueError(f'newlines must be "keep", "drop" or "pool", got {newlines!r}.')
     made = get(method, **fields)
-    return Run(model, list(made.parts()), made.spec, positions, newlines, train).attach()
+    return Run(model, list(made.parts()), made.spec, positions, newlines, restore, train).attach()
 
 
 def watch(model: nn.Module) -> Run:
     """Attach only the counters and the clock: the report of the unreduced model."""
-    return Run(model, [], "none", "keep", None, False).attach()
+    return Run(model, [], "none", "keep", None, False, False).attach()
 
 
 class Run:
     """One method, or a sequence of them, on one model."""
 
     def __init__(
-        self, model: nn.Module, methods: list[Method], spec: str, positions: str, newlines: str | None, train: bool
+        self,
+        model: nn.Module,
+        methods: list[Method],
+        spec: str,
+        positions: str,
+        newlines: str | None,
+        restore: bool,
+        train: bool,
     ) -> None:
         self.view = adapt(model)
         self.encoder = self.view if isinstance(self.view, Encoder) else self.view.encoder
@@ -106,10 +121,11 @@ class Run:
                 f"{type(model).__name__} already has {running.spec} applied; call its run.remove() first, or apply both at once "
                 f'as "{running.spec} | {spec}".'
             )
-        self.model, self.methods, self.newlines, self.train = model, methods, newlines, train
+        self.model, self.methods, self.newlines, self.restore, self.train = model, methods, newlines, restore, train
         self.spec: str = spec
         self.compact = positions == "compact"
-        self.virtual = any(method.virtual for method in methods)
+        # what is restored acts at all its places as it is
+        self.virtual = any(method.virtual and not (restore and method.site == "block") for method in methods)
         self._check()
         self.device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
         self.clock = Clock(self.device)
@@ -162,6 +178,8 @@ class Run:
         if view.projector is not None:
             ProjectorSite(prompt, [] if view.mixes else early).attach()
         LayerSite(prompt, layered).attach()
+        if self.methods:
+            WindowSite(prompt).attach()
         if self.virtual:
             VirtualSite(prompt).attach()
         CacheSite(prompt, self.methods).attach()
@@ -224,6 +242,22 @@ class Run:
         return None if self.outlet is None else self.outlet.tokens
 
     @property
+    def restored(self) -> Tokens | None:
+        """The same for every token there was in front of the first block: each has what it was merged into, and where tokens were
+        dropped it is zero and masked. Not where tokens also left behind the encoder, or were replaced by a method's own."""
+        tokens, reduction = self.tokens, self.reduction
+        if tokens is None or reduction is None:
+            return tokens
+        if len(tokens) != reduction.k:
+            raise ValueError(
+                f"{self.spec} leaves {len(tokens)} tokens and its blocks made {reduction.k}: methods behind the encoder cannot "
+                f"be undone; apply the one inside its blocks alone."
+            )
+        back = reduction.restore(tokens)
+        real = back.real if self.site.start_mask is None else back.real & self.site.start_mask
+        return Tokens(back.features, real, prefix=tokens.prefix, place=self.site.place)
+
+    @property
     def reduction(self) -> Reduction | None:
         """What the blocks of the encoder did in the last forward, special tokens in front included."""
         return self.site.reduction
@@ -237,7 +271,9 @@ class Run:
         """In training: what the method adds to the loss of its task, of the last forward, by name."""
         method = self.methods[0]
         assert isinstance(method, Learned)
-        return method.losses(self.softened, self.modules_of(method), self.learned.shape)
+        found = method.losses(self.softened, self.modules_of(method), self.learned.shape)
+        parts = self.site.imitated
+        return {**found, "attention": torch.stack(parts).mean()} if parts else found
 
     def student(self) -> Student:
         """The model and what is learned beside it, as one module to train."""
@@ -256,10 +292,23 @@ class Run:
         """The span map of the last prefill."""
         return None if self.costs.flow is None else self.costs.flow.layout
 
-    def assignment(self, image: int = 0) -> list[Tensor]:
+    def assignment(self, image: int = 0, layer: int | None = None) -> list[Tensor]:
         """For one image of the last forward, per picture (thumbnail, crop or frame) a map (h, w) of its tokens: -1 where dropped,
-        else the number of the new token it went to."""
-        return self.costs.assignment(image)
+        else the number of the new token it went to. With `layer`, as things stood behind that block of the encoder."""
+        return self.costs.assignment(image, layer)
+
+    def picture(self, layer: int | None = None, image: int = 0, of: Any = None, size: int = 336) -> Image:
+        """One image of the last forward with its reduction drawn over it: dropped patches dark, merged ones in one colour with an
+        outline; crops or frames side by side, each `size` pixels wide.
+
+        layer: the block of the encoder behind which to look, negative ones counted from the last; None for what is left at the
+        end, in a vision-language model behind its last layer. of: what to draw on, a PIL image or a list of one for each crop or
+        frame; None for the pixels the encoder saw. Raises ValueError where these are no pictures (families that cut them into
+        patches beforehand).
+        """
+        maps = self.assignment(image, layer)
+        pictures = seen(self, image) if of is None else list(of) if isinstance(of, list | tuple) else [of]
+        return sheet(pictures, maps, size)
 
     # -- checks ------------------------------------------------------------------------------------------------------------
 
@@ -275,24 +324,41 @@ class Run:
                 f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
             )
+        layers = getattr(getattr(self.view.model, "config", None), "vision_feature_layer", None)
+        if self.restore and isinstance(layers, list | tuple) and len(layers) > 1:
+            raise Unsupported(
+                f"{type(self.model).__name__} hands on features of several encoder blocks, but patches are restored behind the "
+                f"last of them alone; leave out restore=True and methods inside the encoder."
+            )
+        if finishing and self.restore:
+            raise Unsupported(f"{finishing[0].card.id} hands on tokens of its own, from which no patch can be restored.")
         self.encoder.check(self.model)
+        if isinstance(self.view, VisionLanguage):
+            self.view.check()
         for method in self.methods:
             if not language and self.encoder.packed:
                 self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
             if method.resizes and not self.encoder.resizable:
                 self._refuse(method, *self.encoder.fixed)
+            if method.site == "attention" and self.encoder.packed:
+                self._refuse(method, "packs all pictures into one sequence", "an encoder that keeps pictures apart")
             if method.site in ("layer", "rule") and not language:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
+            restored = method.site == "block" and self.restore and not self.encoder.packed
             if leaves and isinstance(self.view, VisionLanguage) and self.encoder.packed and not self.view.mixes:
                 self._refuse(
-                    method, "packs all pictures into one sequence in its encoder", "fastervlm(score='received') or divprune"
+                    method, "packs all pictures into one sequence in its encoder", "divprune or fastervlm(score='received')"
                 )
-            if leaves and isinstance(self.view, VisionLanguage) and self.view.mixes:
+            if leaves and not restored and isinstance(self.view, VisionLanguage) and self.view.mixes:
+                others = "divprune, fastv, or a score such as fastervlm(score='received')"
+                merges = method.site == "block" and not self.encoder.packed
                 self._refuse(
                     method,
                     "mixes neighbouring patches into tokens behind its encoder, so they cannot leave one by one inside it",
-                    "divprune, fastv, or a score such as fastervlm(score='received')",
+                    f"restore=True with a method that merges, which shortens the encoder alone, or {others}"
+                    if merges
+                    else others,
                 )
             self._check_needs(method, [*method.needs().values()])
         if self.compact and isinstance(self.view, VisionLanguage) and self.view.rotary_rows > 1:
@@ -305,9 +371,21 @@ class Run:
                 f"{self.view.name} has no newlines of its own: {self.view.marks} are text of the prompt, and stay; leave out "
                 f'newlines={self.newlines!r}, or use newlines="keep".'
             )
+        if self.compact and isinstance(self.view, VisionLanguage) and self.view.windowed:
+            raise Unsupported(
+                f"{self.view.name} has layers that see a window of so many columns, which without gaps would reach further back; "
+                f'use positions="keep".'
+            )
         self._check_virtual()
+        self._check_masks()
         config = getattr(self.encoder.model, "config", None)
         implementation = getattr(config, "_attn_implementation", None) or ""
+        masking = next((m for m in self.methods if m.site == "attention"), None)
+        if "flash" in implementation and masking is not None:
+            raise Unsupported(
+                f"{masking.card.id} says which keys each query attends to, which flash attention kernels do not take; load the "
+                'model with attn_implementation="sdpa".'
+            )
         if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
             raise Unsupported(
                 "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "
@@ -325,9 +403,14 @@ class Run:
 
     def _check_virtual(self) -> None:
         virtual = next((method for method in self.methods if method.virtual), None)
-        if virtual is None or not isinstance(self.view, VisionLanguage):
+        if virtual is None or not self.virtual or not isinstance(self.view, VisionLanguage):
             return
         name = virtual.card.id
+        if self.view.windowed or self.view.masked_above:
+            raise Unsupported(
+                f"{name} lets merged tokens act at all their places in layers that look back, but {self.view.name} has layers "
+                f"with windows or blocks of columns that see each other; use {name}(unmerge=False)."
+            )
         if self.compact:
             raise ValueError(
                 f'{name} lets merged tokens act at their original positions, which positions="compact" gives up; use '
@@ -340,12 +423,25 @@ class Run:
                 f'do not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
             )
 
+    def _check_masks(self) -> None:
+        view = self.view
+        if not self.methods or not isinstance(view, VisionLanguage) or not (view.windowed or view.masked_above):
+            return
+        implementation = getattr(getattr(view.decoder, "config", None), "_attn_implementation", None) or ""
+        if "flash" in implementation or "flex" in implementation:
+            raise Unsupported(
+                f"{view.name} has layers with windows or blocks of columns that see each other, which the kernels of "
+                f"{implementation} count by the columns that are left; load the model with attn_implementation="
+                f'"{"sdpa" if getattr(view.decoder, "_supports_sdpa", False) else "eager"}".'
+            )
+
     def _check_needs(self, method: Method, needs: list[Need]) -> None:
         for need in needs:
-            if isinstance(need, ClassAttention | ClassSimilarity) and not self.encoder.has_class:
+            if isinstance(need, ClassAttention | ClassSimilarity | ClassLikeness) and not self.encoder.has_class:
                 option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
                 lacks = f"has an encoder without a class token ({self.encoder.name})"
-                self._refuse(method, lacks, option, "the class token's attention")
+                reads = "the class token" if isinstance(need, ClassLikeness) else "the class token's attention"
+                self._refuse(method, lacks, option, reads)
             if isinstance(need, LastAttention | LastSimilarity) and not isinstance(self.view, VisionLanguage):
                 self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
             if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
@@ -362,14 +458,14 @@ class Run:
             self._refuse(
                 method,
                 "came without one",
-                "text=jeton.ClipText(clip, tokenizer) and question=..., or text=False to go without the question",
+                f"text=jeton.ClipText(clip, tokenizer) and question=..., or {method.card.id}(text=False) to go without",
                 "the question through a text tower",
             )
         elif need.tower.width != width or self.encoder.packed:
             self._refuse(
                 method,
                 f"has an encoder of width {width} ({self.encoder.name}) and the tower's patches are {need.tower.width} wide",
-                "the CLIP model that this encoder was taken from, or text=False",
+                f"the CLIP model that this encoder was taken from, or {method.card.id}(text=False)",
                 "the question through a text tower",
             )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout, multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -28,7 +28,7 @@ class Listener:
     """What a tapped attention module answers to; a module may have several."""
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        """A (B, 1, 1, N) additive bias per key, or None."""
+        """An additive bias (B, 1, 1, N) per key or (B, H, N, N) per pair, or None."""
         return None
 
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
@@ -152,7 +152,8 @@ def _overheard(module: nn.Module, forward: Callable, fused: bool) -> Callable:
 
 
 class _Overhearing(TorchFunctionMode):
-    """Hears the calls of `scaled_dot_product_attention` made while it is active, and has them done by `done_by`."""
+    """Hears the calls of `scaled_dot_product_attention` made while it is active, and has them done by `done_by`. Those of
+    `nn.MultiheadAttention` get the listeners' bias per key alone."""
 
     def __init__(self, listeners: list[Listener], done_by: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -160,7 +161,18 @@ class _Overhearing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is multi_head_attention_forward:
+            return func(*args, **self._padded(kwargs, *args[:2]))
         return self._attend(*args, **kwargs) if func is scaled_dot_product_attention else func(*args, **kwargs)
+
+    def _padded(self, kwargs: dict[str, Any], query: Tensor, key: Tensor) -> dict[str, Any]:
+        """The arguments of one call for query (L, B, D) and key (N, B, D), with the bias as a mask of its keys."""
+        given = kwargs.get("key_padding_mask")
+        for listener in self.listeners:
+            bias = listener.bias(query.transpose(0, 1)[:, None], key.transpose(0, 1)[:, None])
+            if bias is not None:
+                given = add_bias(given, bias[:, 0, 0])
+        return {**kwargs, "key_padding_mask": given}
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -169,12 +181,13 @@ class _Overhearing(TorchFunctionMode):
         if is_causal:  # a mask of its own and a bias on top do not go together
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return self.done_by(q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+            done = self.done_by(q, k, v, mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+            return done.transpose(1, 2), None  # as transformers' attention functions give it
 
         size = query.shape[-1] ** -0.5 if scale is None else scale
         mask, made = _told(self.listeners, attention, query, key, value, attn_mask, size, {})
-        return attention(query, key, value, mask) if made is None else made
+        return (attention(query, key, value, mask) if made is None else made)[0].transpose(1, 2)
 
 
 def _by_hand(

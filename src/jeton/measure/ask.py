@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from .. import engine
+from ..engine.picture import sheet
 from ..method import Method, get
 from .data import Question, check_image
-from .picture import sheet
 from .plan import Case
 from .shown import seen
 from .speak import Speaker

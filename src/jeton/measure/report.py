@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from .picture import sheet
+from ..engine.picture import sheet
 from .plan import budget
 from .plot import accuracy_plot
 from .row import Row

@@ -44,7 +44,9 @@ def wanda_masks(model: nn.Module, data: Iterable[Mapping[str, Any]], ratio: floa
     door: Any = model if view is None else view.decoder
     with contextlib.ExitStack() as stack:
         heard.run = None if view is None else stack.enter_context(watch(model))
-        hooks = [door.register_forward_pre_hook(heard.begin, with_kwargs=True)]
+        whole: Any = model if view is None else view.base
+        hooks = [whole.register_forward_pre_hook(heard.note, with_kwargs=True)]
+        hooks += [door.register_forward_pre_hook(heard.begin, with_kwargs=True)]
         hooks += [part.register_forward_pre_hook(heard.hear) for _, part in _linears(model, view)]
         for hook in hooks:
             stack.callback(hook.remove)
@@ -101,9 +103,14 @@ class _Listening:
     def __init__(self, view: VisionLanguage | None, tokens: str) -> None:
         self.view, self.tokens = view, tokens
         self.run: Run | None = None
+        self.mask: Tensor | None = None
         self.real: Tensor | None = None
         self.squares: dict[nn.Module, Tensor] = {}
         self.tokens_heard = False
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The mask as the caller gave it: some models hand their language model others."""
+        self.mask = kwargs.get("attention_mask")
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Which tokens of this forward count."""
@@ -111,7 +118,7 @@ class _Listening:
         ids = given if given is not None else kwargs.get("input_ids", args[0] if args else None)
         assert ids is not None
         batch, length = ids.shape[:2]
-        mask = kwargs.get("attention_mask")
+        mask = self.mask
         self.real = torch.ones(batch, length, dtype=torch.bool, device=ids.device)
         if mask is not None and mask.dim() == 2:
             self.real = mask[:, -length:].bool()

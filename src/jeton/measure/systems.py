@@ -20,6 +20,7 @@ from .plan import CONTROLS, budget
 _SITES = {
     "pixels": "on the picture itself, before the encoder",
     "block": "inside encoder blocks, of encoders alone and in vision-language models",
+    "attention": "on what the queries of encoder blocks attend to",
     "encoder": "after the encoder, before the projector, of encoders alone and in vision-language models",
     "entry": "at the language model's entrance, in prefill",
     "layer": "inside the language model",
@@ -30,6 +31,7 @@ _SIGNALS = {
     "ClassAttention": "the class token's attention",
     "ReceivedAttention": "the attention each token receives",
     "MeanAttention": "the attention of the mean query",
+    "ClassLikeness": "the likeness of features to the class token's",
     "ClassSimilarity": "the similarity of values to the class token's",
     "AnchorAttention": "the attention each token receives from those that receive most",
     "PatchEntropy": "the entropy of each patch's grey values",
@@ -122,7 +124,7 @@ def works(card: Card) -> str:
     if "Given" in kinds or card.id == "holitom":
         return "vision-language models, made for videos"
     where = "vision-language models"
-    if method.site in ("pixels", "block", "encoder") and all(part.site != "layer" for part in method.parts()):
+    if method.site in ("pixels", "block", "attention", "encoder") and all(part.site != "layer" for part in method.parts()):
         where = "encoders and vision-language models"
     if kinds & {"ClassAttention", "ClassSimilarity"}:
         where += " with a class token"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..layout import Geometry
+from ..layout import Album, Geometry
 from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
@@ -28,7 +28,10 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``."""
+    """The pieces of a pre-norm block: ``x + drop1(scale1(attention(norm1(x))))``, then ``x + drop2(scale2(mlp(norm2(x))))``.
+
+    residual_first: the block adds ``x + half``, not ``half + x``. The numbers are the same, but a sum has the memory layout of
+    what stands first, and some norms round by it."""
 
     norm1: Callable[..., Tensor]
     attention: nn.Module
@@ -38,6 +41,10 @@ class Parts:
     scale2: Callable[..., Tensor] = _same
     drop1: Callable[..., Tensor] = _same
     drop2: Callable[..., Tensor] = _same
+    residual_first: bool = False
+
+    def add(self, x: Tensor, half: Tensor) -> Tensor:
+        return x + half if self.residual_first else half + x
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,18 @@ class Gated:
     act: Callable[[Tensor], Tensor]
 
 
-class Encoder:
+class View:
+    """What views have in common.
+
+    example: fields beside the defaults of the class's configuration with which an instance shows what methods can do on the
+    family; most need none. home: the module that holds the class, where it is not at the top of transformers.
+    """
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    home: ClassVar[str | None] = None
+
+
+class Encoder(View):
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
@@ -59,9 +77,9 @@ class Encoder:
     encoder from which whole merge groups may leave before it runs (`shortened`); outputs: where its output holds what is made of
     groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
     pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
-    tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and no function
-    of transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise.
+    tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of
+    transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
+    normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -115,6 +133,11 @@ class Encoder:
     def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""
         return inputs
+
+    @property
+    def probe(self) -> nn.Module | None:
+        """The head, or the part of it, in which a query of its own attends to all tokens; None where there is none."""
+        return None
 
     def averaged(self, top: nn.Module) -> nn.Module | None:
         """The module that is handed the mean of all patches, in this model or in `top`; None where no head averages."""
@@ -183,9 +206,13 @@ class Encoder:
 
     def shape(self, depth: int) -> Shape:
         """What a learned method builds its modules for; `depth` blocks feed what is handed on."""
+        return Shape(self.dims[0], self.heads, depth, self.usual_patches, self.prefix)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
         config = self.model.config
-        heads = getattr(config, "num_attention_heads", None) or config.num_heads
-        return Shape(self.dims[0], heads, depth, self.usual_patches, self.prefix)
+        return getattr(config, "num_attention_heads", None) or config.num_heads
 
     @property
     def usual_patches(self) -> int:
@@ -203,7 +230,7 @@ class Encoder:
         return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
 
 
-class VisionLanguage:
+class VisionLanguage(View):
     """View of a vision-language model.
 
     base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings and
@@ -212,7 +239,8 @@ class VisionLanguage:
     the encoder one by one, and methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
     told_by_prompt: only the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the
     tokens of one image; it is text to the model, and stays. deepstack: the decoder's argument with features that are added to
-    visual tokens behind its first layers, and its method that adds them.
+    visual tokens behind its first layers, and its method that adds them. masked_above: `base` makes the attention masks, so that
+    some tokens see those behind them. needed: arguments without which it does not know which ones.
     """
 
     language: str = "language_model"
@@ -223,6 +251,8 @@ class VisionLanguage:
     told_by_prompt: bool = False
     marks: str = ""
     deepstack: tuple[str, str] | None = None
+    masked_above: bool = False
+    needed: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -236,6 +266,9 @@ class VisionLanguage:
 
     def vision(self) -> Encoder:
         raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise `Unsupported` where this very model is configured in a way that no method can act on."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -260,6 +293,7 @@ class VisionLanguage:
         return turned
 
     def _rotate(self, layer: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+        """How a layer turns queries and keys: f(q, k, cos, sin)."""
         rotate: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(self.attention(layer)).__module__].apply_rotary_pos_emb
         return rotate
 
@@ -269,14 +303,17 @@ class VisionLanguage:
         shape = (*normed.shape[:-1], -1, attention.head_dim)
         k, v = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
         k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         k = k.transpose(1, 2)
-        return rotate(k, k, cos, sin)[1], v.transpose(1, 2)
+        return self._rotate(layer)(k, k, cos, sin)[1], v.transpose(1, 2)
 
     def parts(self, layer: nn.Module) -> Parts:
-        """The pieces of a pre-norm decoder layer."""
+        """The pieces of a pre-norm decoder layer, which may norm what its halves add too (`scale1`, `scale2`)."""
         names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-        if any(not hasattr(layer, name) for name in names) or hasattr(layer, "post_feedforward_layernorm"):
+        after = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+        if all(hasattr(layer, name) for name in (*names, *after)):
+            norm1, attention, scale1, mlp, norm2, scale2 = (getattr(layer, name) for name in (*names, *after))
+            return Parts(norm1, attention, norm2, mlp, scale1=scale1, scale2=scale2)
+        if any(not hasattr(layer, name) for name in names) or any(hasattr(layer, name) for name in after):
             raise Unsupported(
                 f"{self.name} has decoder layers of its own kind ({type(layer).__name__}), whose halves jeton cannot tell apart; "
                 f"use a method that only removes tokens, e.g. fastv."
@@ -285,7 +322,7 @@ class VisionLanguage:
 
     def gated(self, layer: nn.Module) -> Gated:
         """The pieces of a layer's gated MLP."""
-        mlp = self.parts(layer).mlp
+        mlp = getattr(layer, "mlp", None)
         names = ("gate_proj", "up_proj", "down_proj", "act_fn")
         if any(not hasattr(mlp, name) for name in names):
             raise Unsupported(
@@ -297,6 +334,17 @@ class VisionLanguage:
     @property
     def rotary(self) -> nn.Module:
         return self.decoder.rotary_emb
+
+    def softcap(self, layer: nn.Module) -> float | None:
+        """Where a layer bends its attention's logits, the number they stay below."""
+        return None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether layers of the language model see a window of columns only, all of them or some."""
+        config = self.decoder.config
+        kinds = getattr(config, "layer_types", None)
+        return getattr(config, "sliding_window", None) is not None and (kinds is None or "sliding_attention" in kinds)
 
     @property
     def checkpointing(self) -> bool:
@@ -333,8 +381,8 @@ class VisionLanguage:
         parts = [] if self.projector is None else self.projector.modules()
         return float(sum(2 * part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear)))
 
-    def between(self, length: int) -> float:
-        """FLOPs of what stands between encoder and language model in the place of a projector, for one image in a prompt of
+    def between(self, length: int, album: Album) -> float:
+        """FLOPs of what stands between encoder and language model in the place of a projector, for these pictures in prompts of
         `length` tokens."""
         return 0.0
 
@@ -347,10 +395,11 @@ class VisionLanguage:
 
 
 class Registry:
-    """Views by the class name of the transformers model they fit."""
+    """Views by the class name of the transformers model they fit; refused: why there can be none for a model, and what to do."""
 
     encoders: ClassVar[dict[str, type[Encoder]]] = {}
     models: ClassVar[dict[str, type[VisionLanguage]]] = {}
+    refused: ClassVar[dict[str, str]] = {}
 
 
 V = TypeVar("V", bound=type)
@@ -375,6 +424,8 @@ def adapt(model: nn.Module) -> Encoder | VisionLanguage:
             return Registry.models[name](candidate)
         if name in Registry.encoders:
             return Registry.encoders[name](candidate)
+        if name in Registry.refused:
+            raise Unsupported(f"{name} {Registry.refused[name]}")
     known = ", ".join(sorted([*Registry.models, *Registry.encoders]))
     raise Unsupported(
         f"jeton has no adapter for {type(model).__name__}. It knows {known}; adding a family is one small file in jeton/models."

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -19,17 +22,37 @@ class _Tower(Encoder):
         return Parts(block.layer_norm1, block.self_attn, block.layer_norm2, block.mlp)
 
 
+class RegisteredEmbeddings(nn.Module):
+    """CLIP's embeddings with register tokens (1, R, D) behind the class token; they have no position."""
+
+    def __init__(self, inner: nn.Module, registers: Tensor) -> None:
+        super().__init__()
+        self.inner, self.register_tokens = inner, nn.Parameter(registers)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.inner(*args, **kwargs)
+        return torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], 1)
+
+
 @adapter("CLIPVisionModel")
 class Clip(_Tower):
-    prefix = 1
+    """The class token in front; registers behind it where they were put there (objectives/ph_reg.py)."""
+
     has_class = True
+
+    @property
+    def prefix(self) -> int:  # type: ignore[override]
+        return 1 + getattr(self.model.config, "num_register_tokens", 0)
+
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
 
 
 @adapter("SiglipVisionModel")
 class Siglip(_Tower):
-    pass
+    @property
+    def probe(self) -> nn.Module | None:
+        return getattr(self.model, "head", None)
 
 
 @adapter("Siglip2VisionModel")
@@ -41,6 +64,10 @@ class Siglip2(_Tower):
     @property
     def pooling(self) -> nn.Module | None:  # type: ignore[override]
         return getattr(self.model, "head", None)
+
+    @property
+    def probe(self) -> nn.Module | None:
+        return self.pooling
 
     def geometry(self, inputs: Inputs) -> list[Geometry]:
         longest = inputs["pixel_values"].shape[1]

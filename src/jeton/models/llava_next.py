@@ -32,10 +32,10 @@ class LlavaNext(Llava):
         return config.image_size // config.patch_size
 
     def crops(self, height: int, width: int, limit: int | None = None) -> Geometry:
-        """The tokens of one any-resolution image of height x width pixels; see `_any_resolution`."""
+        """The tokens of one any-resolution image of height x width pixels; see `any_resolution`."""
         config = self.model.config
         pinpoints = tuple(tuple(point) for point in config.image_grid_pinpoints)
-        return _any_resolution(int(height), int(width), pinpoints, config.vision_config.image_size, self.side, limit)
+        return any_resolution(int(height), int(width), pinpoints, config.vision_config.image_size, self.side, limit)
 
 
 @adapter("LlavaNextVideoForConditionalGeneration", "LlavaNextVideoModel")
@@ -75,8 +75,8 @@ def bilinear_taps(length: int, out: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _any_resolution(
-    height: int, width: int, pinpoints: tuple[Sequence[int], ...], picture: int, side: int, limit: int | None
+def any_resolution(
+    height: int, width: int, pinpoints: tuple[Sequence[int], ...], picture: int, side: int, limit: int | None = None
 ) -> Geometry:
     """The tokens of one image: the thumbnail row by row, then the stitched crops with newlines. Crops that together have more
     patches than `limit` pictures are resized to about so many."""
@@ -85,7 +85,7 @@ def _any_resolution(
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(cols * side), indexing="ij")
     cut = unpad_image(torch.stack([y, x]), (height, width))
     tall, wide = cut.shape[1:]
-    top, left = cut[:, 0, 0].tolist()
+    top, left = cut[:, 0, 0].tolist() if tall and wide else (0, 0)  # of a thin picture nothing may be left
     ratio = math.sqrt(tall * wide / (limit * side**2)) if limit else 1.0
     shrink = ratio if ratio > 1.1 else None
     crop_y, row, in_height, taps_y = _axis(top, tall, side, shrink)

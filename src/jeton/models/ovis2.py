@@ -20,6 +20,7 @@ class Ovis2Tower(Encoder):
     """Its position embeddings are of one size."""
 
     resizable = False
+    fixed = ("has position embeddings for pictures of one size alone", "divprune or another method of the site entry")
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
 

@@ -11,6 +11,8 @@ from .qwen2_vl import Qwen2Tower, Qwen2VL, ends_among
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")
 class Qwen25Tower(Qwen2Tower):
+    home = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """The tower attends in windows of permuted 2x2 groups: join the calls and put the groups back."""
         joined = torch.cat(record, dim=-1)

@@ -14,6 +14,7 @@ from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
 
 @adapter("Qwen2VisionTransformerPretrainedModel")
 class Qwen2Tower(Encoder):
+    home = "transformers.models.qwen2_vl.modeling_qwen2_vl"
     packed = True
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)

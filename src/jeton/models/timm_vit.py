@@ -14,6 +14,7 @@ class TimmVit(Encoder):
     """It is used by `model(x)` as well as by `model.forward_features(x)`: tokens come in at the patch embedding and go out at the
     last norm, and the head sees what is left. Its attention calls torch's own function and is heard there."""
 
+    home = "timm.models"
     functional = True
     argument = "x"
     fixed = ("was made for pictures of one size", "dynamic_img_size=True when the model is made, or pool")
@@ -72,6 +73,7 @@ class TimmVit(Encoder):
         return Parts(
             block.norm1, block.attn, block.norm2, block.mlp,
             scale1=block.ls1, scale2=block.ls2, drop1=block.drop_path1, drop2=block.drop_path2,
+            residual_first=True,
         )  # fmt: skip
 
     @property
@@ -83,8 +85,20 @@ class TimmVit(Encoder):
         return tuple(self.model.patch_embed.dynamic_feat_size(pixels.shape[-2:]))  # type: ignore[return-value]
 
     @property
+    def heads(self) -> int:
+        return self.blocks[0].attn.num_heads  # type: ignore[union-attr, return-value]
+
+    @property
+    def usual_patches(self) -> int:
+        return self.model.patch_embed.num_patches
+
+    @property
     def checkpointing(self) -> bool:
         return self.model.grad_checkpointing and torch.is_grad_enabled()
+
+    @property
+    def probe(self) -> nn.Module | None:
+        return self.model.attn_pool
 
     @property
     def pools_special(self) -> bool:  # type: ignore[override]

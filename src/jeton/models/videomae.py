@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,6 +19,7 @@ class VideoMae(ViT):
     """A video (T, C, H, W) is one picture of T/2 x H/16 x W/16 tokens: to methods, frames of one grid, one for each step in time.
     Attention is joint over space and time."""
 
+    example: ClassVar = {"num_frames": 2, "image_size": 64}  # its table of positions is slow to make
     prefix = 0
     has_class = False
     resizable = False
@@ -40,6 +41,10 @@ class VideoMae(ViT):
     def tubelet(self) -> int:
         """Frames of a tubelet."""
         return self.model.config.tubelet_size
+
+    @property
+    def usual_patches(self) -> int:
+        return super().usual_patches * (self.model.config.num_frames // self.tubelet)
 
     def geometry(self, inputs: Inputs) -> list[Geometry]:
         pixels = inputs["pixel_values"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ class VitMae(ViT):
     """The model sorts patches by random `noise`, also where it hides none. Under jeton the noise ascends, so that the tokens
     stand row by row as the geometry says. To the blocks order means nothing: the features are the same, only listed in order."""
 
+    example: ClassVar = {"mask_ratio": 0.0}
     pixel_mean = tuple(IMAGENET_DEFAULT_MEAN)
     pixel_std = tuple(IMAGENET_DEFAULT_STD)
 

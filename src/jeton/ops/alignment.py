@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ranking import spearman
 from .similarity import normalise
 
 VARIANTS = ("max", "mean", "median", "max_mean")
@@ -41,7 +42,4 @@ def correlation(x: Tensor, y: Tensor) -> tuple[float, float]:
     def of(a: Tensor, b: Tensor) -> float:
         return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
 
-    def ranks(a: Tensor) -> Tensor:
-        return ((a[:, None] > a).sum(1) + (a[:, None] >= a).sum(1)).double()
-
-    return of(x, y), of(ranks(x), ranks(y))
+    return of(x, y), float(spearman(torch.stack([x, y]))[0, 1])

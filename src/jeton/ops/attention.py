@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 
-def rows(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None, logits: bool = False) -> Tensor:
+def rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    logits: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
     """(B, Hq, R, N) float32: ``softmax(q kᵀ · scale + mask)`` for q (B, Hq, R, d) and k (B, Hk, N, d).
 
     `mask` is as for scaled_dot_product_attention (true where attended, or added to the logits), broadcastable to (B, Hq, R, N).
-    `scale` is d^-1/2 if not given. With `logits` the softmax is left out. Keys shared by several query heads are not copied.
+    `scale` is d^-1/2 if not given. With `logits` the softmax is left out. `softcap` c bends logits z, in front of the mask,
+    to ``c · tanh(z / c)``. Keys shared by several query heads are not copied.
     """
     b, hq, r, d = q.shape
     hk = k.shape[1]
@@ -22,6 +30,7 @@ def rows(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None =
     scale = d**-0.5 if scale is None else scale
     grouped = (q.float() * scale).reshape(b, hk, (hq // hk) * r, d)
     scores = (grouped @ k.float().mT).reshape(b, hq, r, k.shape[2])
+    scores = scores if softcap is None else (scores / softcap).tanh() * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return scores if logits else scores.softmax(-1)

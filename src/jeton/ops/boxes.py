@@ -52,3 +52,28 @@ def quadrants(width: int, height: int) -> Tensor:
 def clip(boxes: Tensor, width: int, height: int) -> Tensor:
     """(N, 4) boxes cut to the picture."""
     return torch.minimum(boxes.clamp_min(0), boxes.new_tensor([width, height, width, height]))
+
+
+def around_patches(index: Tensor, width: int, patch: int, side: tuple[int, int], inclusive: bool = False) -> Tensor:
+    """(B, 4) the box around patches `index` (B, K) of a grid `width` wide, in pixels of a picture of `side` (height, width).
+
+    It ends where the last row and column of patches begin, but holds one patch at least; `inclusive` takes these in as well."""
+    row, col = index // width, index % width
+    low = torch.stack([col.amin(1), row.amin(1)], 1) * patch
+    high = torch.stack([col.amax(1), row.amax(1)], 1) * patch + (patch if inclusive else 0)
+    high = torch.maximum(high, low + patch).minimum(high.new_tensor([side[1], side[0]]))
+    return torch.cat([low, high], 1)
+
+
+def cut(pictures: Tensor, boxes: Tensor) -> Tensor:
+    """Each picture (B, C, H, W) cut to its box (B, 4) and enlarged to its old size, bilinear with corners aligned: the first and
+    last pixel of a line are those of the box. Differentiable in the picture."""
+    height, width = pictures.shape[-2:]
+    lines = []
+    for at, length in ((0, width), (1, height)):
+        low, high = boxes[:, at].float(), boxes[:, at + 2].float() - 1
+        step = torch.linspace(0, 1, length, device=boxes.device)
+        lines.append((low[:, None] + step * (high - low)[:, None]) * 2 / max(1, length - 1) - 1)
+    x, y = lines[0][:, None].expand(-1, height, -1), lines[1][:, :, None].expand(-1, -1, width)
+    grid = torch.stack([x, y], -1).to(pictures.dtype)
+    return torch.nn.functional.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=True)

@@ -5,6 +5,7 @@ Letters: U units (pictures in a row). Whole-number arithmetic on tensors, so tha
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,18 @@ def fit(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     more = tall[0] * tall[1] - wide[0] * wide[1]
     better = (more > 0) | ((more == 0) & (skew(tall) < skew(wide) - 1e-9))
     return torch.where(better, tall[0], wide[0]), torch.where(better, tall[1], wide[1])
+
+
+def fitted(k: int, height: int, width: int) -> tuple[int, int]:
+    """`fit` of whole numbers, for grids that are known without looking at the device."""
+    ways = []
+    for a, b in ((height, width), (width, height)):
+        rows = max(1, min(math.floor(math.sqrt(k * a / b + 1e-9)), a, k))
+        ways.append((rows, min(max(1, k // rows), b)))
+    wide, tall = ways[0], ways[1][::-1]
+    skews = [abs(math.log(rows * width / (cols * height))) for rows, cols in (wide, tall)]
+    more = tall[0] * tall[1] - wide[0] * wide[1]
+    return tall if more > 0 or (more == 0 and skews[1] < skews[0] - 1e-9) else wide
 
 
 def _fill(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def by_parity(metric: Tensor, prefix: int = 0, order: Tensor | None = None, mask
         place = torch.arange(n, device=metric.device).expand(b, n)
         even, odd, sims = place[:, ::2], place[:, 1::2], unit[:, ::2] @ unit[:, 1::2].mT
     else:
-        place, slots = _listing(order, mask, n, metric.device)
+        place, slots = listing(order, mask, n, metric.device)
         even, odd = slots[:, ::2], slots[:, 1::2]
         sims = gather(unit, even) @ gather(unit, odd).mT
     sims = _without_prefix(sims, prefix)
@@ -180,7 +180,7 @@ def halvings(n: int, keep: int) -> list[int]:
 # -- private -----------------------------------------------------------------------------------------------------------
 
 
-def _listing(order: Tensor | None, mask: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def listing(order: Tensor | None, mask: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, N) place of each token in the listing and (B, N) token at each place; padding stands last, so that a row is listed
     as it would be alone."""
     given = order if order is not None else torch.arange(n, device=device).expand(mask.shape if mask is not None else (1, n))

@@ -21,3 +21,10 @@ def rank_in_units(score: Tensor, unit: Tensor, units: int) -> Tensor:
     first = (sizes.cumsum(1) - sizes).gather(1, unit.gather(1, order))
     here = torch.arange(score.shape[1], device=score.device)
     return torch.empty_like(order).scatter(1, order, here - first)
+
+
+def spearman(scores: Tensor) -> Tensor:
+    """(S, S) Spearman's correlation between the rows of `scores` (S, N); equal values share their mean rank."""
+    below = (scores[:, :, None] > scores[:, None]).sum(2)
+    shared = (scores[:, :, None] >= scores[:, None]).sum(2)
+    return torch.corrcoef((below + shared).double())

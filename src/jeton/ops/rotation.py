@@ -16,6 +16,14 @@ def between(cos: Tensor, sin: Tensor, cos0: Tensor, sin0: Tensor) -> tuple[Tenso
     return (cos * cos0 + sin * sin0) / square, (sin * cos0 - cos * sin0) / square
 
 
+def bias(q: Tensor, k: Tensor, floor: float = 0.01) -> Tensor:
+    """(..., R, N) the share of a product that its positions alone give: q (..., R, d), k (..., N, d) are rotated vectors of ones.
+
+    At a distance of p it is the mean of cos(p f) over the rotary frequencies f: 1 at no distance, less further away. Far enough
+    away it may swing around zero, where it says nothing to divide by: it is at least `floor`."""
+    return (q.float() @ k.float().mT / q.shape[-1]).clamp(min=floor)
+
+
 def expanded_scores(q: Tensor, k: Tensor, owner: Tensor, angle: Tensor) -> Tensor:
     """(..., N, N) products of q and k (..., n, d), not rotated yet, each repeated at all places whose `owner` (N,) it is and
     rotated there by `angle` (N, d/2); the first half of the d entries is rotated with the second."""

@@ -79,8 +79,13 @@ def evenly_spaced(n: int, keep: int | float, batch: int, device: torch.device, m
 
 
 def noise(n: int, seed: int, device: torch.device | str | None = None) -> Tensor:
-    """(n,) pseudo-random numbers in [0, 2^53), a hash (splitmix64) of seed and position: no generator, no global state."""
-    x = torch.arange(1, n + 1, device=device) * -7046029254386353131 + seed * 6364136223846793005 % 2**62
+    """(n,) pseudo-random numbers in [0, 2^53), hashes of seed and position."""
+    return hashed(torch.arange(n, device=device), seed)
+
+
+def hashed(number: Tensor, seed: int) -> Tensor:
+    """Pseudo-random numbers in [0, 2^53), a hash (splitmix64) of seed and whole `number`: no generator, no global state."""
+    x = (number + 1) * -7046029254386353131 + seed * 6364136223846793005 % 2**62
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ _shift(x, shift)) * factor
     return _shift(x ^ _shift(x, 31), 11)
@@ -108,6 +113,18 @@ def max_min_diverse(x: Tensor, keep: int | float, mask: Tensor | None = None) ->
     real = torch.arange(k, device=x.device) < counts(keep, mask.sum(1, keepdim=True))
     chosen = torch.zeros(b, n + 1, dtype=torch.bool, device=x.device).scatter(1, picks.masked_fill(~real, n), True)
     return pack(chosen[:, :n], k, ragged=True)
+
+
+def farthest(points: Tensor, k: int) -> Tensor:
+    """(B, k) indices of points (B, N, D) by farthest-point sampling: the first one, then always the one farthest (L2) from all
+    chosen before; the lower index wins ties."""
+    picks = [points.new_zeros(points.shape[0], 1, dtype=torch.long)]
+    distance = points.new_full(points.shape[:2], torch.inf)
+    for _ in range(k - 1):
+        last = points.gather(1, picks[-1][..., None].expand(-1, -1, points.shape[-1]))
+        distance = torch.minimum(distance, (points - last).square().sum(-1))
+        picks.append(distance.argmax(1, keepdim=True))
+    return torch.cat(picks, 1)
 
 
 def facility_location(

@@ -15,3 +15,13 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(B, N, M) cosine of every row of a (B, N, D) with every row of b (B, M, D)."""
     assert a.dim() == 3 and b.dim() == 3, f"cosine takes (B, N, D) and (B, M, D), got {tuple(a.shape)} and {tuple(b.shape)}"
     return normalise(a) @ normalise(b).mT
+
+
+def to_first(x: Tensor, metric: str = "cosine") -> Tensor:
+    """(B, N) how like the first row of x (B, N, D) every row is, itself included: their cosine (0 for a zero row), or the mean
+    absolute ("l1") or squared ("l2") difference of channels, negated."""
+    first = x[:, :1]
+    if metric == "cosine":
+        return (normalise(first) * normalise(x)).sum(-1)
+    difference = x.float() - first.float()
+    return -(difference.abs() if metric == "l1" else difference.square()).mean(-1)

@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..method import Method, Signals, check_keep
-from ..needs import ClassAttention, Need, ReceivedAttention
+from ..method import Method, Promise, Signals, check_keep
+from ..needs import ClassAttention, Keys, Need, ReceivedAttention
 from ..ops import matching
-from ..ops.budget import count, counts
+from ..ops.budget import count, counts, evenly
 from ..ops.selection import best_of_units, pack, top_k
 from ..tokens import Reduction, Tokens
 
@@ -28,11 +28,12 @@ def check_per(per: str) -> None:
         raise ValueError(f'per must be "image", "crop" or "frame", got {per!r}.')
 
 
-def check_ratio(ratio: object) -> None:
+def check_ratio(ratio: object, name: str = "ratio") -> None:
     """A share of the tokens; 1 may be written as an int."""
     if isinstance(ratio, int) and not isinstance(ratio, bool) and ratio != 1:
-        raise ValueError(f"ratio={ratio} must be a fraction in (0, 1]; a number of tokens to keep is set with keep.")
-    check_keep(1.0 if ratio == 1 and not isinstance(ratio, bool) else ratio, "ratio")
+        hint = "; a number of tokens to keep is set with keep" if name == "ratio" else ""
+        raise ValueError(f"{name}={ratio} must be a fraction in (0, 1]{hint}.")
+    check_keep(1.0 if ratio == 1 and not isinstance(ratio, bool) else ratio, name)
 
 
 def check_locations(locations: Sequence[int]) -> tuple[int, ...]:
@@ -88,6 +89,47 @@ def merge_by_parity(tokens: Tokens, keep: int | float, signals: Signals | None =
         goals.append(goals[-1])  # a fraction of a shorter row may round to one halving more
         planned = quota(signals, keep, tokens.count()[:, None] - tokens.prefix)
     return matching.merge_in_rounds(replace(tokens, features=metric, place=None), goals, planned, parity_pairs)
+
+
+class Merging(Method):
+    """ToMe's rule in every block: `removed` says how many tokens go in each. Subclasses are dataclasses with fields `r`, which
+    one step is made with, and `keep`, the number of patches left at last, reached evenly."""
+
+    site = "block"
+    proportional = True
+    keep: int | float | None = None
+
+    def removed(self, n: int, depth: int) -> list[int]:
+        """How many of n patches each of `depth` blocks is to merge, before any clamping to half of its tokens."""
+        raise NotImplementedError
+
+    def needs(self) -> dict[str, Need]:
+        return {"keys": Keys(layer=None)}
+
+    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
+        if self.keep is not None:
+            return merge_by_parity(tokens, self.keep, signals)
+        metric = signals["keys"] if signals and "keys" in signals else tokens.features
+        n, planned = len(tokens) - tokens.prefix, None
+        r = self.removed(n, 1)[0]
+        if tokens.mask is not None:
+            real = tokens.count()[:, None] - tokens.prefix
+            planned = real - (real // 2).clamp(max=r)
+        tokens = replace(tokens, features=metric, place=None)
+        return matching.merge_in_rounds(tokens, [n - min(r, n // 2)], planned, parity_pairs)
+
+    def steps(self, n: int, depth: int) -> list[Method | None]:
+        if self.keep is not None:
+            plan = [n, *evenly(n, count(self.keep, n), depth)]
+            return [replace(self, keep=b) if b < a else None for a, b in pairwise(plan)]  # type: ignore[type-var]
+        return [replace(self, r=r) if r else None for r in self.removed(n, depth)]  # type: ignore[type-var]
+
+    def promise(self, n: int, depth: int = 12) -> Promise:
+        if self.keep is not None:
+            return Promise(evenly(n, count(self.keep, n), depth)[-1])
+        for r in self.removed(n, depth):
+            n -= min(r, n // 2)
+        return Promise(n)
 
 
 def parity_pairs(tokens: Tokens, r: int, cap: object) -> matching.Pairs:

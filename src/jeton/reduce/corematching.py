@@ -17,6 +17,7 @@ from ..tokens import Reduction, Tokens
 from ._common import best, check_layers, read, stages
 
 LAYERS = (Fraction(5, 32),)
+ZEROED = tuple(Fraction(layer, 32) for layer in range(5, 19))
 
 
 @register(
@@ -50,11 +51,13 @@ class CoreMatching(Method):
     `layers`=(2,), 86 with `match`="token", `token`=1 and `top`=0.4 besides, 107 with
     `neurons`=1.0 too, and 136 with all tokens and the default share of neurons; random keeps 95 right at 25 %.
 
-    The release zeroes keys and values of the other tokens in layers 5 to 18 after these have run, which shortens nothing, and a
-    key of zero still gets attention; here tokens leave. SiLU is hardly ever 0, so about half of all neurons are active: this is
-    the sign of a product, not the sparsity of ReLU. The share of 0.4 is that of CoreInfer, the system's predecessor. Prompts of
-    one batch have core neurons of their own: the whole MLP then runs with the other activations at zero, the same function
-    without the saving; a single prompt, with its beams, has its weights sliced.
+    With `zero_kv` no token leaves: once each of layers 5 to 18 of 32 (scaled to the depth; or the layer before each of `layers`)
+    has run, keys and values of the tokens that its own neurons would drop become zero in its cache. So does the release, whose
+    whole is zero_kv=True, match="token", neurons=1.0: nothing is shortened, the prompt's own forward is the full model's, and for
+    decoded tokens a key of zero still gets the attention of exp(0). SiLU is hardly ever 0, so about half of all neurons are
+    active: this is the sign of a product, not the sparsity of ReLU. The share of 0.4 is that of CoreInfer, the system's
+    predecessor. Prompts of one batch have core neurons of their own: the whole MLP then runs with the other activations at zero,
+    the same function without the saving; a single prompt, with its beams, has its weights sliced.
     """
 
     site = "layer"
@@ -64,6 +67,11 @@ class CoreMatching(Method):
     top: float = 1.0
     match: str = "core"
     token: int = 5
+    zero_kv: bool = False
+
+    @property
+    def zeroes(self) -> bool:  # type: ignore[override]
+        return self.zero_kv
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -98,15 +106,20 @@ class CoreMatching(Method):
         return best(score, tokens, self.keep, signals)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
-        places = stages("corematching", self.layers, LAYERS, depth)
+        if self.zero_kv:
+            places = stages("corematching", self.layers, ZEROED, depth, behind=0 if self.layers else 1)
+        else:
+            places = stages("corematching", self.layers, LAYERS, depth)
         made = [self] * len(places)
-        if self.keep is not None:
+        if self.keep is not None and not self.zero_kv:
             plan = geometrically(n, count(self.keep, n), len(places), halving=False)
             made = [replace(self, keep=each, layers=(1,)) for each in plan]
         at = dict(zip(places, made, strict=True))
         return [at.get(layer) for layer in range(depth)]
 
     def promise(self, n: int, depth: int = 12) -> Promise:
+        if self.zero_kv:
+            return Promise(n)
         return Promise(n, exact=False) if self.keep is None else Promise(count(self.keep, n))
 
     def rules(self, depth: int) -> dict[int, Rule]:

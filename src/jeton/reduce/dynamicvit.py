@@ -86,6 +86,10 @@ class DynamicViT(Learned):
             steps[block] = replace(self, keep=left, stage=stage) if left < n else None
         return steps
 
+    def lessons(self, n: int, depth: int) -> list[Method | None]:
+        stages = {block: replace(self, stage=stage) for stage, block in enumerate(self._blocks(depth))}
+        return [stages.get(block) for block in range(depth)]
+
     def promise(self, n: int, depth: int = 12) -> Promise:
         return Promise(self._plan(n, len(self._blocks(depth)))[-1])
 
@@ -101,7 +105,7 @@ class DynamicViT(Learned):
         for tokens, left in zip(softened, self._plan(shape.patches, len(softened)), strict=True):
             kept = tokens.seen[:, tokens.prefix :].sum(1) / (tokens.count() - tokens.prefix)
             parts.append((kept - left / shape.patches).square().mean())
-        return {"ratio": self.weight * torch.stack(parts).mean()} if parts else {}
+        return {"ratio": self.weight * torch.stack(parts).mean()}
 
     def flops(self, n: int, shape: Shape) -> float:
         counts = [n, *self._plan(n, len(self._blocks(shape.depth)))]

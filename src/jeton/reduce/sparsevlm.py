@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from ..tokens import Reduction, Tokens, gather
 from ._common import best, check_layers, quota, read, score_of, stages
 
 LAYERS = (Fraction(2, 32), Fraction(6, 32), Fraction(15, 32))
+FIRST = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+SECOND = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 
 
 @register(
@@ -41,27 +44,39 @@ class SparseVLM(Method):
     stages treat them as any token.
 
     `counts` survive each stage, recycled ones beyond them: (300, 200, 110) is the paper's setting "192", (303, 110, 36) "128",
-    (238, 48, 26) "96" and (66, 30, 17) "64". `keep` instead is what is left at the end, recycled tokens included (at most half
-    of it), and the stages before it leave more in the proportions of `counts`. `layers` are those whose attention is read, and
-    tokens go behind them; None means the paper's 2, 6, 15 of 32, scaled to the depth: in setting "192" without recycling
-    202.75 tokens enter a layer on average.
+    (238, 48, 26) "96" and (66, 30, 17) "64", which are presets. `keep` instead is what is left at the end, recycled tokens
+    included (at most half of it), and the stages before it leave more in the proportions of `counts`. `layers` are those whose
+    attention is read, and tokens go behind them; None means the paper's 2, 6, 15 of 32, scaled to the depth: in setting "192"
+    without recycling 202.75 tokens enter a layer on average.
 
     With `rank` each stage finds its own count, in every image, from the rank r of the matrix of raters' attention to the image's
     V tokens: a number is the paper's share of what the rank calls redundant, V - floor(rank (V - r)) survive; a pair (scale,
     bias) is the first release's floor(scale r + bias), at most V - 1 unless r = V. Rows then differ in length and wait once a
     stage for the device to learn the longest. Later releases have the rank set to 0, which is the fixed `counts`.
 
+    SparseVLM+ (the second release) is calibration="192+", "128+", "96+" or "64+": counts of its own, nothing recycled, positions
+    as they were. With `unbiased` the raters' attention is first divided by the bias that rotary positions alone give it: ``b(p) =
+    mean_f cos(p f)`` over the rotary frequencies f, p the distance of the two tokens, 1 at no distance. With `heads` only that
+    many heads are averaged (14 there), those in which the raters attend most to the image after the division. What the release
+    divides is attention after softmax, though it calls it logits; these have both signs, and would be turned round. Its b swings
+    below zero at some distance (1707 at base 10000 and 128 channels); here it is at least 0.01.
+
     Differences from the release: a recycled token stands where its cluster's centre stood, not behind the survivors; ties between
-    densities go to the lowest index instead of to noise. It renumbers positions: that is positions="compact" of `apply`. The
-    attention without its bias by position (SparseVLM+) is not built.
+    densities go to the lowest index instead of to noise. The first renumbers positions: that is positions="compact" of `apply`.
     """
 
     site = "layer"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **{str(name): {"counts": counts} for name, counts in FIRST.items()},
+        **{f"{name}+": {"counts": counts, "recycle": False, "unbiased": True, "heads": 14} for name, counts in SECOND.items()},
+    }
     keep: int | float | None = None
     counts: tuple[int, ...] = (300, 200, 110)
     layers: tuple[int, ...] | None = None
     recycle: bool = True
     rank: float | tuple[float, float] | None = None
+    unbiased: bool = False
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -74,6 +89,8 @@ class SparseVLM(Method):
             raise ValueError(f"counts must list tokens that never grow from stage to stage, got {self.counts!r}.")
         if self.rank is not None:
             self._check_rank()
+        if self.heads is not None and (isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1):
+            raise ValueError(f"heads={self.heads!r} must be a whole number of heads to average, or None for all.")
         check_layers(self.layers, len(self.counts))
         if self.layers is None and len(self.counts) != len(LAYERS):
             raise ValueError(f"counts={self.counts!r} names {len(self.counts)} stages; say with layers where they stand.")
@@ -90,7 +107,8 @@ class SparseVLM(Method):
             raise ValueError(f"rank={self.rank!r} is a share of the redundant tokens and must lie in [0, 1].")
 
     def needs(self) -> dict[str, Need]:
-        return {"attention": TextAttention()} | ({} if self.rank is None else {"rank": RaterRank()})
+        attention = TextAttention(unbiased=self.unbiased, strongest=self.heads)
+        return {"attention": attention} | ({} if self.rank is None else {"rank": RaterRank()})
 
     def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
         score = score_of(signals, "attention", "sparsevlm")

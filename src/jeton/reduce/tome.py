@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 
-from ..method import Budget, Method, Promise, Signals, check_keep, register
-from ..needs import Keys, Need
-from ..ops import matching
-from ..ops.budget import evenly
-from ..tokens import Reduction, Tokens
-from ._common import merge_by_parity, parity_pairs
+from ..method import check_keep, register
+from ._common import Merging
 
 
 @register(
@@ -22,7 +17,7 @@ from ._common import merge_by_parity, parity_pairs
     headline="2 times the throughput of ViT-L at 512 for 0.2 to 0.3 points of accuracy",
 )
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Merging):
     """In every block, between attention and MLP, merge r tokens into their most similar partner.
 
     Tokens at even places of the sequence send, those at odd places receive. S = cos of the attention keys, averaged over heads
@@ -36,7 +31,6 @@ class ToMe(Method):
     takes; without keys as a signal it compares the features.
     """
 
-    site = "block"
     r: int | tuple[int, float] | list[int] = field(default=8, hash=False)
     keep: int | float | None = None
     proportional: bool = True
@@ -53,35 +47,7 @@ class ToMe(Method):
             if r < 0:
                 raise ValueError(f"r={self.r!r} merges a negative number of tokens; write r=0 to merge none.")
 
-    def needs(self) -> dict[str, Need]:
-        return {"keys": Keys(layer=None)}
-
-    def reduce(self, tokens: Tokens, signals: Signals | None = None) -> Reduction:
-        if self.keep is not None:
-            return merge_by_parity(tokens, self.keep, signals)
-        metric = signals["keys"] if signals and "keys" in signals else tokens.features
-        n, r, planned = len(tokens) - tokens.prefix, self._removed(1)[0], None
-        if tokens.mask is not None:
-            real = tokens.count()[:, None] - tokens.prefix
-            planned = real - (real // 2).clamp(max=r)
-        tokens = replace(tokens, features=metric, place=None)
-        return matching.merge_in_rounds(tokens, [n - min(r, n // 2)], planned, parity_pairs)
-
-    def steps(self, n: int, depth: int) -> list[Method | None]:
-        if self.keep is not None:
-            plan = [n, *evenly(n, Budget(self.keep).count(n), depth)]
-            return [replace(self, keep=b) if b < a else None for a, b in pairwise(plan)]
-        return [replace(self, r=r) if r else None for r in self._removed(depth)]
-
-    def promise(self, n: int, depth: int = 12) -> Promise:
-        if self.keep is not None:
-            return Promise(evenly(n, Budget(self.keep).count(n), depth)[-1])
-        for r in self._removed(depth):
-            n -= min(r, n // 2)
-        return Promise(n)
-
-    def _removed(self, depth: int) -> list[int]:
-        """r of each block, before any clamping to half of the tokens."""
+    def removed(self, n: int, depth: int) -> list[int]:
         if isinstance(self.r, list):
             return (self.r + [0] * depth)[:depth]
         if isinstance(self.r, int) or depth == 1:

@@ -19,6 +19,8 @@ LINEARS = {
     "PatchTSTForPrediction": ("head.projection",),
     "PatchTSMixerForPrediction": ("head.base_forecast_block",),
 }
+# where their encoder layers stand, each from (B, C, T, D) to a tuple that begins with the same
+LAYERS = {"PatchTSTForPrediction": "model.encoder.layers"}
 
 
 class ClusterLinear(nn.Module):
@@ -88,6 +90,61 @@ class ChannelAssigner(nn.Module):
         self.prototypes.copy_((weight @ e).mean(0))
 
 
+class PrototypeExchange(nn.Module):
+    """Variates and prototypes hear each other, at every time step (patch) by itself: x (B, C, T, D), prototypes c (K, D) or
+    (B, K, D), members M (C, K) or (B, C, K).
+
+    First each prototype attends to the variates, ``softmax(q kᵀ / sqrt(d)) Mᵀ v`` (times the members, not normalised again);
+    then each variate to the new prototypes; ``x = norm(x + heard)`` and ``x = norm(x + mlp(x))``. The new prototypes, averaged
+    over time steps, and over the batch where they are common, go to the next layer.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be split into {heads} heads.")
+        self.heads = heads
+        self.to_prototypes, self.to_variates = (nn.ModuleList(nn.Linear(width, width) for _ in range(4)) for _ in range(2))
+        self.norm1, self.norm2, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, prototypes: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        if prototypes.shape[-1] != x.shape[-1]:
+            raise ValueError(f"prototypes are {prototypes.shape[-1]} wide, but the host's features {x.shape[-1]}.")
+        steps = x.transpose(1, 2)  # (B, T, C, D)
+        common = prototypes.dim() == 2
+        asking = prototypes if common else prototypes[:, None]
+        share = member.mT if member.dim() == 2 else member.mT[:, None, None]
+        heard = self._attend(self.to_prototypes, asking.expand(*steps.shape[:2], -1, -1), steps, share)
+        steps = self.norm1(steps + self.drop(self._attend(self.to_variates, steps, heard)))
+        steps = self.norm2(steps + self.drop(self.mlp(steps)))
+        return steps.transpose(1, 2).contiguous(), heard.mean((0, 1) if common else 1)
+
+    def _attend(self, maps: nn.ModuleList, queries: Tensor, others: Tensor, share: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+            for part, x in zip(maps, (queries, others, others), strict=False)
+        )
+        weight = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        weight = weight if share is None else weight * share
+        mixed: Tensor = maps[3]((weight @ v).transpose(-3, -2).flatten(-2))
+        return mixed
+
+
+class _Exchanging(nn.Module):
+    """A host's encoder layer with the exchange behind it. `carried`: prototypes and members on their way through the layers."""
+
+    def __init__(self, layer: nn.Module, exchange: PrototypeExchange) -> None:
+        super().__init__()
+        self.layer, self.exchange = layer, exchange
+        self.carried: list[Tensor] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        x, *rest = self.layer(*args, **kwargs)
+        x, self.carried[0] = self.exchange(x, *self.carried)
+        return (x, *rest)
+
+
 @register(
     title="From Similarity to Superiority: Channel Clustering for Time Series Forecasting",
     year=2024,
@@ -99,7 +156,9 @@ class ChannelAssigner(nn.Module):
 class ChannelClustering(nn.Module):
     """Any forecaster, with some of its linear maps replaced by one per cluster of variates; trained with it.
 
-    `linears` names the maps, each from (B, C, in): by default the ones of `DLinear`, `TSMixer`, PatchTST and PatchTSMixer. Called
+    `linears` names the maps, each from (B, C, in): by default the ones of `DLinear`, `TSMixer`, `TimesNet`, PatchTST and
+    PatchTSMixer. With `exchange` (PatchTST) a `PrototypeExchange` stands behind every layer of the host's encoder, and prototypes
+    are as wide as its features. Called
     with past values (B, L, C) it gives the forecast (B, H, C) and the shares p; ``losses(past, future)`` are mse and `beta` times
     the cluster loss
 
@@ -110,8 +169,9 @@ class ChannelClustering(nn.Module):
     moves the prototypes, which are a buffer, by attention over their members.
 
     As released where the paper leaves a number open (S with `sharpness` 5; the paper: a radial basis function). Unlike released:
-    S is between the variates of a sample, and variates are not shuffled. Variates must keep their order within a batch. The paper
-    also exchanges prototypes between PatchTST's layers and clusters TimesNet; here a host gets clustered linear maps alone.
+    S is between the variates of a sample, and variates are not shuffled. Variates must keep their order within a batch. The
+    release makes the weights of PatchTST's exchange and then leaves its lines out, so that its PatchTST has clustered heads
+    alone; here that is exchange=False, the default, and what the lines say is exchange=True.
     """
 
     def __init__(
@@ -121,19 +181,21 @@ class ChannelClustering(nn.Module):
         channels: int,
         clusters: int | None = None,
         linears: tuple[str, ...] | None = None,
-        width: int = 64,
+        width: int | None = None,
         beta: float = 0.3,
         temperature: float = 0.05,
         relax: float = 0.07,
         sharpness: float = 5.0,
         pooled: bool = True,
+        exchange: bool = False,
     ) -> None:
         super().__init__()
         clusters = math.ceil(0.3 * channels) if clusters is None else clusters
         if not 1 <= clusters <= channels:
             raise ValueError(f"{channels} variates can form 1 to {channels} clusters, not {clusters}.")
         self.host, self.channels, self.beta, self.relax, self.sharpness = host, channels, beta, relax, sharpness
-        self.assigner = ChannelAssigner(length, clusters, width, temperature, pooled)
+        own = self._insert(host) if exchange else 64
+        self.assigner = ChannelAssigner(length, clusters, own if width is None else width, temperature, pooled)
         names = linears or getattr(host, "linears", None) or LINEARS.get(type(host).__name__)
         if not names:
             raise ValueError(f"say which linear maps of {type(host).__name__} to cluster: linears=('head.projection',).")
@@ -146,6 +208,20 @@ class ChannelClustering(nn.Module):
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"{name!r} of {type(host).__name__} is {type(linear).__name__}, not a linear map to cluster.")
             setattr(host.get_submodule(parent), last, ClusterLinear.like(linear, clusters))
+
+    @staticmethod
+    def _insert(host: nn.Module) -> int:
+        """Put an exchange behind each encoder layer of the host; its width."""
+        where = LAYERS.get(type(host).__name__)
+        if where is None:
+            raise ValueError(f"prototypes are exchanged between the layers of {', '.join(LAYERS)}, not of {type(host).__name__}.")
+        layers, config = host.get_submodule(where), host.config
+        assert isinstance(layers, nn.ModuleList)
+        for number, layer in enumerate(layers):
+            between = PrototypeExchange(config.d_model, config.num_attention_heads, config.ffn_dim, config.ff_dropout)
+            layers[number] = _Exchanging(layer, between)
+        width: int = config.d_model
+        return width
 
     def forward(self, past: Tensor) -> tuple[Tensor, Tensor]:
         """The forecast (B, H, C) and the shares p of past values (B, L, C)."""
@@ -162,13 +238,20 @@ class ChannelClustering(nn.Module):
         p, e = self.assigner(past)
         member = membership(p, self.relax, noise=self.training)
         parts = [module for module in self.host.modules() if isinstance(module, ClusterLinear)]
+        layers = [module for module in self.host.modules() if isinstance(module, _Exchanging)]
+        start = self.assigner.prototypes.clone()  # the buffer moves below, before gradients have gone back
+        carried = [start if p.dim() == 2 else start.expand(len(past), -1, -1), member]
         for part in parts:
             part.shares = p
+        for layer in layers:
+            layer.carried = carried
         try:
             found: Any = self.host(past_values=past)
         finally:
             for part in parts:
                 part.shares = None
+            for layer in layers:
+                layer.carried = []
         if self.training:
             self.assigner.move(e, member)
         return getattr(found, "prediction_outputs", found), p, member

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .run import Run
 
 DARK = 0.22  # brightness left to dropped patches
 _BLEND = 0.6  # share of the mean colour in a merged group
@@ -44,6 +49,23 @@ def sheet(pictures: Sequence[Image.Image], maps: Sequence[Tensor], size: int) ->
         canvas.paste(panel, (left, 0))
         left += panel.width + gap
     return canvas
+
+
+def seen(run: Run, image: int) -> list[Image.Image]:
+    """The pictures of one image (thumbnail and crops, or frames) as the encoder saw them, de-normalised."""
+    encoder, site, layout = run.encoder, run.site, run.layout
+    pixels = site.inputs.get("pixel_values")
+    if encoder.packed or pixels is None or pixels.dim() != 4:
+        raise ValueError(f"{encoder.name} is given patches, not pictures; say what to draw on with of=IMAGE.")
+    numbers = [image]
+    if layout is not None:
+        units = layout.album.place.unit[image]
+        first = {int(unit): at for at, unit in reversed([*enumerate(units.tolist())]) if unit >= 0}
+        numbers = [int(layout.album.source[image, first[unit]].max()) // site.patches for unit in sorted(first)]
+    shown = pixels[numbers].float().cpu()
+    mean, std = (torch.tensor(values)[: shown.shape[1], None, None] for values in (encoder.pixel_mean, encoder.pixel_std))
+    levels = ((shown * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(one.expand(3, -1, -1).permute(1, 2, 0).numpy()) for one in levels]
 
 
 def _spread(assign: np.ndarray, height: int, width: int) -> np.ndarray:

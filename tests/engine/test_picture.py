@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jeton.measure.picture import DARK, overlay, sheet
+from jeton.engine.picture import DARK, overlay, sheet
 
 
 @pytest.fixture

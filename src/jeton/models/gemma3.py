@@ -1,0 +1,30 @@
+"""Gemma 3: patches are averaged in squares and then projected; the tokens of one image see each other, within the window where a
+layer has one.
+
+What its processor crops out of an image (pan and scan) it shows as images of their own, and so they are here.
+"""
+
+from __future__ import annotations
+
+from ..layout import Geometry
+from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+
+
+@adapter("Gemma3ForConditionalGeneration", "Gemma3Model")
+class Gemma3(VisionLanguage):
+    mixes = True
+    masked_above = True
+
+    def vision(self) -> Encoder:
+        tower = adapt(self.base.vision_tower)
+        assert isinstance(tower, Encoder)
+        return tower
+
+    def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
+        projector = self.base.multi_modal_projector
+        side, step = projector.patches_per_image, projector.kernel_size
+        return [Geometry.blocks(side, side, step)] * inputs["pixel_values"].shape[0]
+
+    def between(self, length: int) -> float:
+        weight = self.base.multi_modal_projector.mm_input_projection_weight
+        return 2.0 * self.model.config.mm_tokens_per_image * weight.numel()
