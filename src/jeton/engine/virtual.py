@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.rotation import between
 from ..tokens import gather
+from .aside import aside
 from .flow import Cut, Flow, Step, Virtual
 from .prompt import Prompt
 from .tap import Attention, Listener
@@ -106,6 +107,7 @@ class VirtualSite:
         for layer in view.layers:
             run.taps.listen(view.attention(layer), _Listener(self, layer))
 
+    @aside
     def _fresh(self, module: nn.Module, args: tuple) -> None:
         self.maps.clear()
 
