@@ -165,7 +165,8 @@ class RuleSite:
 
 def _plain(part: nn.Module) -> bool:
     """A linear layer whose weights are numbers that are here."""
-    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not part.weight.is_meta
+    offloaded = hasattr(part, "_hf_hook") and part.weight.is_meta  # by accelerate
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not offloaded
 
 
 class Core:
