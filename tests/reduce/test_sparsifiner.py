@@ -12,8 +12,10 @@ import jeton
 import tiny
 import trained
 from jeton.engine import apply
+from jeton.engine.encoder import behind
 from jeton.learned import Shape
 from jeton.method import get, reducers
+from jeton.place import Place
 from jeton.reduce.sparsifiner import Predictor, Sparsifiner
 from jeton.tokens import Tokens
 
@@ -66,7 +68,8 @@ def test_it_equals_dense_attention_with_minus_infinity_at_what_is_hidden(attenti
         handle.remove()
     q, k, v = (heard[x].unflatten(-1, (4, -1)).transpose(1, 2) for x in "qkv")
     step = get("sparsifiner", weights=WEIGHTS).steps(49, 5)[2]
-    seen = step.sight(q, k, Tokens(torch.zeros(3, 50, 32), prefix=1), {"learned": learned})
+    tokens = Tokens(torch.zeros(3, 50, 32), prefix=1, place=behind(Place.grid(3, 7, 7), 1))
+    seen = step.sight(q, k, tokens, {"learned": learned})
     for mask, same in ((seen, True), (seen.flip(-1), False)):
         weights = (q @ k.mT / math.sqrt(8)).masked_fill(~mask, -torch.inf).softmax(-1)
         out = (weights @ v).transpose(1, 2).flatten(2)
