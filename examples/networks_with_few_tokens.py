@@ -20,7 +20,7 @@ with torch.device("meta"):  # counting needs shapes only
     config = STSwinConfig.preset("small")
     swin = SwinConfig(embed_dim=96, depths=config.depths, num_heads=config.num_heads)
     print(f"Swin-S: {count(SwinForImageClassification(swin), pixel_values=pixels).macs / 1e9:.2f} GMACs")
-    print(f"  with 9 semantic tokens in each window of its third stage: {count(STSwin(config), pixel_values=pixels).macs / 1e9:.2f}")
+    print(f"  with 9 semantic tokens in each third-stage window: {count(STSwin(config), pixel_values=pixels).macs / 1e9:.2f}")
 
 vim = VimForImageClassification(VimConfig(image_size=64, patch_size=8, hidden_size=64, num_hidden_layers=8)).eval()
 pruned = PrunedVim.of(vim, ratio=0.7)  # the same weights, not copied

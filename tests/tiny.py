@@ -237,7 +237,7 @@ def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     language = getattr(getattr(made, "model", made), "language_model", made)
     if not hasattr(made, "set_attn_implementation"):
         attend(made, attention)
-    elif attention == "sdpa" and not language._supports_sdpa:
+    elif attention == "sdpa" and getattr(language.config, "attn_logit_softcapping", None):  # sdpa knows no cap
         made.set_attn_implementation({"text_config": "eager", "vision_config": attention})
     else:
         made.set_attn_implementation(attention)
@@ -283,6 +283,8 @@ def samples(net: nn.Module) -> list[Sample]:
 
 
 def family(net: nn.Module) -> str:
+    if getattr(getattr(net.config, "vision_config", net.config), "model_type", "") == "pixtral":
+        return "pixtral"
     kind = net.config.model_type.removeprefix("jeton_").removesuffix("_vision")
     return "qwen2" if kind.startswith("qwen2") else kind
 
@@ -505,6 +507,8 @@ def pictures(net: nn.Module, batch: int = 3, seed: int = 0) -> Inputs:
     if family(net) in COORDINATES:
         grid = torch.tensor([(1, 8, 12), (1, 6, 6), (2, 6, 8)][:batch])
         return {"hidden_states": torch.randn(int(grid.prod(1).sum()), 6 * PATCH**2, generator=generator), "grid_thw": grid}
+    if family(net) == "pixtral":
+        return PICTURES["pixtral"](net, [(32, 48), (24, 24), (36, 16)][:batch], generator)[0]
     size = net.config.image_size
     size = size if isinstance(size, int) else size[0]
     return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
@@ -561,6 +565,8 @@ import tiny_aya  # noqa: E402, F401
 import tiny_encoders  # noqa: E402, F401
 import tiny_gemmas  # noqa: E402, F401
 import tiny_glm4v  # noqa: E402, F401
+import tiny_idefics3  # noqa: E402, F401
 import tiny_internvl  # noqa: E402, F401
 import tiny_ovis2  # noqa: E402, F401
+import tiny_pixtral  # noqa: E402, F401
 import tiny_qwen3_vl  # noqa: E402, F401

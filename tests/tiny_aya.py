@@ -52,3 +52,4 @@ tiny.BUILDERS |= {
 }
 tiny.SHAPES["aya"] = [((2,),), ((1,), (2,)), ((1,),)]
 tiny.PICTURES["aya"] = _pictures
+tiny.TILE["aya"] = (1,)

@@ -176,13 +176,7 @@ def supports(
     from .measure.support import supports as run
 
     found = run(model)
-    if json_:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-        return
-    table = Table("method", "apply", "why not", title=found.model, title_justify="left", box=None, pad_edge=False)
-    for verdict in sorted(found.verdicts, key=lambda each: not each.works):
-        table.add_row(verdict.method, escape(verdict.spec or "-"), "" if verdict.works else escape(verdict.reason))
-    Console().print(table)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if json_ else str(found))
 
 
 @app.command()

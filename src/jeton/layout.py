@@ -115,6 +115,18 @@ class Geometry:
         grids = [(int(item.height[0]), int(item.width[0])) for item in pictures]
         return Geometry.of(source, unit, row, col, grids, starts[-1], kinds, crops)
 
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def tiles(tile: Geometry, rows: int, cols: int) -> Geometry:
+        """An image of rows x cols crops, row by row, and its thumbnail behind them, each a picture like `tile`."""
+        count = rows * cols + 1
+        line = Geometry.joined([tile] * count, ("image",) * count)
+        grids = [(int(tile.height[0]), int(tile.width[0]))] * count
+        kinds = ("thumbnail",) + ("crop",) * (count - 1)
+        return Geometry.of(
+            line.source, (line.unit + 1) % count, line.row, line.col, grids, line.patches, kinds, crops=(rows, cols)
+        )
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -212,13 +224,15 @@ class Span:
 @dataclass(frozen=True)
 class Layout:
     """Where the images of an album stand in a batch of prompts of `length` columns. sample: the prompt of each image. position:
-    (R, M) its tokens' columns."""
+    (R, M) its tokens' columns. between: (B, L) true at columns between the tokens of one image that show nothing of it (marks at
+    the ends of rows, names of tiles, times of frames): no words about it. None where there are none."""
 
     album: Album
     sample: tuple[int, ...]
     position: Tensor
     batch: int
     length: int
+    between: Tensor | None = None
 
     @property
     def images(self) -> int:
@@ -256,7 +270,19 @@ def read_layout(visual: Tensor, album: Album) -> tuple[Layout, list[int]]:
     images, samples, columns = _match(visual.cpu(), album.counts)
     picked = album if images == list(range(len(album))) else album.pick(images)
     position = _stack(columns, picked.source.shape[1], 0).to(album.source.device)
-    return Layout(picked, tuple(samples), position, visual.shape[0], visual.shape[1]), images
+    between = _between(visual.shape, samples, columns, album.source.device)
+    return Layout(picked, tuple(samples), position, visual.shape[0], visual.shape[1], between), images
+
+
+def _between(
+    shape: Sequence[int], samples: Sequence[int], columns: Sequence[Tensor], device: torch.device | str
+) -> Tensor | None:
+    """See `Layout`."""
+    found = torch.zeros(*shape, dtype=torch.bool)
+    for sample, at in zip(samples, columns, strict=True):
+        found[sample, at[0] : at[-1] + 1] = True
+        found[sample, at] = False
+    return found.to(device) if bool(found.any()) else None
 
 
 def _match(visual: Tensor, counts: tuple[int, ...]) -> tuple[list[int], list[int], list[Tensor]]:

@@ -79,6 +79,10 @@ class Learned(Method):
         is being learned."""
         return {}
 
+    def taken(self, state: dict[str, Tensor], trained: Shape) -> dict[str, Tensor]:
+        """What it uses, by its own fields, of weights that were trained on an encoder of some shape; by default all."""
+        return state
+
     def fits(self, trained: Shape, shape: Shape) -> bool:
         """Whether modules that were trained on one encoder can be used on another."""
         return trained.width == shape.width
@@ -126,7 +130,7 @@ def load(method: Learned, shape: Shape) -> nn.Module | None:
     module = method.build(before)
     if module is None:
         return None
-    own = module.state_dict()
+    own, state = module.state_dict(), method.taken(state, before)
     wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
     if wrong or not method.fits(before, shape):
         differs = f" (first difference: {wrong[0]})" if wrong else ""

@@ -164,15 +164,17 @@ def test_a_swin_block_alone_is_transformers_own_where_semantic_tokens_change_not
     assert not torch.allclose(swin()(x).logits, model(x).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", ["small", pytest.param("base", marks=pytest.mark.slow)])
-def test_swin_with_semantic_tokens_costs_a_third_less(size):
+@pytest.mark.parametrize(
+    ("size", "share"), [("tiny", 0.81), *(pytest.param(size, 0.67, marks=pytest.mark.slow) for size in ("small", "base"))]
+)
+def test_swin_with_semantic_tokens_costs_a_fifth_to_a_third_less(size, share):
     width, depths = SWINS[size]
     config = STSwinConfig.preset(size, num_labels=1000)
     plain = SwinConfig(embed_dim=width, depths=depths, num_heads=config.num_heads, num_labels=1000)
     with torch.device("meta"):
         x = torch.zeros(1, 3, 224, 224)
         mine, full = count(STSwin(config), pixel_values=x), count(SwinForImageClassification(plain), pixel_values=x)
-    assert mine.macs < 0.7 * full.macs and mine.params == pytest.approx(full.params, rel=1e-3)
+    assert mine.macs < share * full.macs and mine.params == pytest.approx(full.params, rel=2e-3)
 
 
 def test_released_settings_begin_near_zero_and_the_stem_is_of_convolutions():

@@ -39,10 +39,15 @@ LANGUAGE = [
     "Gemma3ForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
     "BridgedLlavaNext",
+    "Mistral3ForConditionalGeneration",
+    "LlavaForConditionalGeneration-pixtral",
+    "Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
 INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:12]
 PALIGEMMA, PALIGEMMA2, GEMMA3, AYA, BRIDGED_NEXT = LANGUAGE[12:17]
+MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[17:]
 AT_ONCE = (PALIGEMMA, PALIGEMMA2)  # all of a prompt sees all of it, so that a second turn is not the rest of a longer first one
 IDS_ONLY = (PALIGEMMA, PALIGEMMA2, GEMMA3)  # `generate` takes no embeddings
 
@@ -69,6 +74,15 @@ SISTERS = {
     "PaliGemmaModel": "LlavaModel",
     "Gemma3Model": "Qwen2_5_VLModel",
     "AyaVisionModel": "Qwen2_5_VLModel",
+    MISTRAL3: QWEN,
+    LLAVA_PIXTRAL: LLAVA_SIGLIP,
+    IDEFICS3: ONEVISION,
+    SMOLVLM: ONEVISION,
+    "SmolVLMVisionTransformer": "SiglipVisionModel",
+    "Idefics3VisionTransformer": "SiglipVisionModel",
+    "Mistral3Model": "Qwen2_5_VLModel",
+    "Idefics3Model": "LlavaOnevisionModel",
+    "SmolVLMModel": "LlavaOnevisionModel",
     "LlavaNextVideoModel": "LlavaOnevisionModel",
     "BridgedLlavaModel": "LlavaOnevisionModel",
     "BridgedLlavaNextModel": "LlavaOnevisionModel",
@@ -164,7 +178,7 @@ def claimed(case: Case) -> bool:
         return False
     parts = method.parts()
     leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)
-    if leaves and isinstance(seen, VisionLanguage) and seen.mixes:
+    if leaves and isinstance(seen, VisionLanguage) and (seen.mixes or encoder.packed):
         return False
     if method.virtual and isinstance(seen, VisionLanguage) and (seen.windowed or seen.masked_above):
         return False
@@ -206,6 +220,9 @@ INNER = (
     "PaliGemmaModel",
     "Gemma3Model",
     "AyaVisionModel",
+    "Mistral3Model",
+    "Idefics3Model",
+    "SmolVLMModel",
     "CLIPVisionModelWithProjection",
     "VisionTransformerDistilled",
 )

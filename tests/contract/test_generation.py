@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from cases import (
+    AT_ONCE,
     AT_THE_DOOR,
     IDS_ONLY,
     LANGUAGE,
@@ -142,6 +144,8 @@ def test_sampling_under_a_seed_repeats(case: Case) -> None:
 @each([as_recomputed(case) for case in LANGUAGE_CASES if not case.fields])
 def test_generating_without_a_cache_says_the_same(case: Case) -> None:
     """`generate` encodes once and runs the whole prompt at every step; each must begin with all visual tokens."""
+    if case.model in AT_ONCE and not hasattr(transformers.GenerationMixin, "_supports_mm_encoder_outputs"):
+        pytest.skip("older versions count what is said as part of the prompt when they have no cache, without any method too")
     net = case.net()
     inputs = tiny.inputs_for(net)
     spy, decided = spied(case.made())

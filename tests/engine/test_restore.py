@@ -7,7 +7,7 @@ import torch
 
 import clips
 import tiny
-from jeton import Unsupported
+from jeton import Unsupported, bridge
 from jeton.engine import apply
 from jeton.method import get
 
@@ -60,6 +60,35 @@ def test_nothing_merged_changes_no_bit():
         assert torch.equal(tiny.run(net, inputs), tiny.run(net, inputs))
         merged_nothing = tiny.run(net, inputs)
     assert torch.equal(merged_nothing, tiny.run(net, inputs))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlavaNextVideoForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "Ovis2ForConditionalGeneration",
+        "BridgedLlava",
+        "BridgedLlavaNext",
+    ],
+)
+def test_every_family_that_mixes_patches_takes_it(name):
+    net = tiny.model(name)
+    inputs = tiny.inputs_for(net)
+    plain = tiny.run(net, inputs)
+    with apply(net, "dymu", thresholds=(1.0,) * 12, restore=True):
+        torch.testing.assert_close(tiny.run(net, inputs), plain, atol=1e-4, rtol=1e-4)
+    with apply(net, "tome", keep=0.5, restore=True) as run:
+        merged = tiny.run(net, inputs)
+        report = run.report()
+    assert merged.isfinite().all() and not torch.equal(merged, plain)
+    assert report.flops < report.flops_full and all(image.after == image.before for image in report.images)
+
+
+def test_features_of_several_blocks_cannot_be_restored_at_one():
+    model = bridge.attach(tiny.tiny_llava(side=8), "tokenpacker", heads=2)
+    with pytest.raises(Unsupported, match="several encoder blocks"):
+        apply(model, "tome", keep=0.5, restore=True)
 
 
 def test_methods_behind_act_on_what_was_restored_and_generate_goes_on():

@@ -43,11 +43,22 @@ def test_methods_are_tried_and_the_fields_a_refusal_names_too():
     assert not verdicts["fastv"].works and "without a language model" in found.refused["fastv"]
     # the first refusal names a score, and that is refused for a reason of its own
     assert verdicts["visiondrop"].spec is None and "without a language model" in verdicts["visiondrop"].reason
+    assert (verdicts["dynamicvit"].spec, verdicts["dynamicvit"].how) == ("dynamicvit", "train=True")
+    assert "dynamicvit with train=True" in str(found)
     assert {verdict.method for verdict in found.verdicts} == {card.id for card in jeton.methods()}
     with pytest.raises(jeton.Unsupported) as refusal:
         jeton.apply(tiny.model("SiglipVisionModel"), "fastv")
     assert found.refused["fastv"] == str(refusal.value)
-    assert "tome" in str(found) and found.refused["fastv"] in str(found)
+    printed = str(found).replace("\n ", "")
+    assert f"{len(found.works)} of {len(found.verdicts)} methods work" in printed and 'fastervlm(score="received")' in printed
+    assert found.refused["aim"] in printed and found.refused["fastv"] not in printed  # the same reason, said once
+    assert all(verdict.method in printed for verdict in found.verdicts)
+
+
+def test_fields_and_arguments_that_refusals_name_one_after_the_other_are_put_together():
+    verdicts = {verdict.method: verdict for verdict in supports("LlavaOnevisionModel").verdicts}
+    assert (verdicts["evit"].spec, verdicts["evit"].how) == ('evit(score="received")', "restore=True")
+    assert verdicts["evit"].reason.startswith("evit cannot be applied") and verdicts["evit"].works
 
 
 def test_a_model_at_hand_is_left_as_it_was():
@@ -91,8 +102,8 @@ def test_what_is_no_model_or_has_no_adapter_is_told():
         supports("BertModel")
 
 
-def test_the_command_prints_a_table_or_json():
-    printed = CliRunner().invoke(app, ["supports", "IJepaModel"], env={"COLUMNS": "200"})
+def test_the_command_prints_text_or_json():
+    printed = CliRunner().invoke(app, ["supports", "IJepaModel"])
     assert printed.exit_code == 0 and "IJepaModel" in printed.output and 'fastervlm(score="received")' in printed.output
     told = json.loads(CliRunner().invoke(app, ["supports", "IJepaModel", "--json"]).stdout)
     assert told == supports("IJepaModel").to_dict()

@@ -297,6 +297,7 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
     prefixes |= {"IJepaModel": 0, "VideoMAEModel": 0, "DINOv3ViTModel": 3}
     prefixes |= {"Aimv2VisionModel": 0}
     prefixes |= {"VisionTransformer": 3, "VisionTransformerDistilled": 2}
+    prefixes |= {"Idefics3VisionTransformer": 0, "SmolVLMVisionTransformer": 0}
     assert view.prefix == prefixes.get(name, 1) and view.has_class == (view.prefix > 0)
 
 

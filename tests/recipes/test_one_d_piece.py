@@ -23,7 +23,9 @@ def test_it_trains_measures_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(one_d_piece, "RECIPE", dataclasses.replace(one_d_piece.RECIPE, steps=3, batch=4))
     monkeypatch.setattr(one_d_piece, "HELD_OUT", 8)
     monkeypatch.setattr(one_d_piece, "TRAINED", 16)
+    monkeypatch.setattr(one_d_piece, "DIGITS", dataclasses.replace(one_d_piece.DIGITS, steps=3, batch=4))
     measured = one_d_piece.run(tmp_path, progress=False)
+    assert (tmp_path / "digits" / "rate-8.png").exists() and measured["digits"]["JPEG"]
     assert json.loads((tmp_path / "results.json").read_text())["parameters"] == measured["parameters"]
     assert (tmp_path / "rate-16.png").exists() and (tmp_path / "rate-256.png").exists()
     small, large = (measured[name] for name in measured if "of" in name and isinstance(measured[name], dict))
@@ -31,3 +33,13 @@ def test_it_trains_measures_and_writes(tmp_path, monkeypatch):
     assert large["one-d-piece"][0]["bytes"] == pytest.approx(256 * small["one-d-piece"][0]["bytes"])
     again = OneDPiece.from_pretrained(tmp_path)
     assert again.codebook_size == 1000 and again.drop == "batch"
+
+
+@pytest.mark.slow
+def test_digits_come_out_the_better_the_more_tokens_are_read(tmp_path):
+    """Held-out digits; one token of 0.75 bytes already tells more than the mean of all."""
+    pytest.importorskip("sklearn")
+    measured = one_d_piece.digits(tmp_path, progress=False)
+    curve = [row["psnr"] for row in measured["one-d-piece"]]
+    assert curve == sorted(curve) and curve[0] > measured["the mean picture"] + 1 and curve[-1] > curve[0] + 5
+    assert measured["one-d-piece"][-1]["bytes"] == pytest.approx(12)

@@ -16,6 +16,7 @@ import jeton
 import tiny
 from jeton.engine import apply, watch
 from jeton.method import get, methods, reducers
+from jeton.models import adapt
 
 LLAVA = LANGUAGE[0]
 SKIPS = ["block", "ffn", "attention", "parallel"]
@@ -114,11 +115,11 @@ def test_each_way_to_skip_is_the_layer_written_out(skip, attention):
 def test_skipping_a_block_for_all_is_the_model_without_the_layer(name):
     """Prompt and decoding; and the caches of all layers stay aligned."""
     net, deleted = tiny.model(name), tiny.BUILDERS[name]()
-    layers = deleted.model.language_model.layers
+    layers = adapt(deleted).decoder.layers
     del layers[2]
     for number, layer in enumerate(layers):
         layer.self_attn.layer_idx = number
-    deleted.model.language_model.config.num_hidden_layers = 3
+    adapt(deleted).decoder.config.num_hidden_layers = 3
     inputs = tiny.inputs_for(net)
     with apply(net, only(2, "block", "context")):
         output = generated(net, inputs, max_new_tokens=8)

@@ -98,7 +98,8 @@ def test_fewer_slots_are_the_first_ones_and_more_are_refused():
     with pytest.raises(ValueError, match="18 slots here"):
         SiT(keep=20).reduce(Tokens(x, prefix=1), {"learned": few})
     big = trained.modules("sit", SHAPE).state_dict()
-    assert SiT().resized(big, SHAPE, SHAPE)["1.slots.weight"].shape == (9, 8)
+    assert SiT().taken(big, SHAPE)["1.slots.weight"].shape == (9, 8)
+    assert SiT().fits(SHAPE, replace(SHAPE, patches=9, depth=4)) and not SiT().fits(SHAPE, replace(SHAPE, depth=3))
 
 
 def test_bad_settings_are_refused():

@@ -77,10 +77,10 @@ class VimConfig(PreTrainedConfig):
 class Walk:
     """How one direction goes over the tokens that are left.
 
-    order: (B, N) the tokens in the order of the scan, back: (B, N) the way back from it; None where they stand so.
-    at: (B, N) their places in the scan of all tokens, ascending; None where the scan takes no account of the tokens that are gone.
-    total: tokens of the whole picture. zeros: the convolution in front of the scan sees zeros at missing places, else the tokens
-    that are left as neighbours.
+    order: (B, N) the tokens in the order of the scan, back: (B, N) the way back from it; None where they stand so. at: (B, N)
+    their places in the scan of all tokens, ascending; None where the scan takes no account of the tokens that are gone. total:
+    tokens of the whole picture. zeros: the convolution in front of the scan sees zeros at missing places, else the tokens that
+    are left as neighbours.
     """
 
     order: Tensor | None = None

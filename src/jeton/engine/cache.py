@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..method import Method
+from .aside import aside
 from .flow import Kept
 from .prompt import Prompt
 
@@ -31,6 +32,7 @@ class CacheSite:
             self.prompt.run.hook(self.prompt.view.decoder.register_forward_pre_hook(self._before, with_kwargs=True))
             self.prompt.run.hook(self.prompt.view.decoder.register_forward_hook(self._after, with_kwargs=True))
 
+    @aside
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.prompt.flow is not None and kwargs.get("past_key_values") is not None:
             self._check(kwargs["past_key_values"])
@@ -44,6 +46,7 @@ class CacheSite:
                 f"this one has {', '.join(sorted(strange))}. Leave out cache_implementation, or set shrink=False."
             )
 
+    @aside
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         prompt, memory = self.prompt, self.prompt.memory
         cache = kwargs.get("past_key_values")

@@ -70,14 +70,14 @@ class Costs:
 
     def report(self) -> Report:
         run = self.run
-        parameter = next(run.model.parameters())
+        dtype = next(weight.dtype for weight in run.model.parameters() if weight.is_floating_point())
         ran, full = self._flops()
         images = self._images()
         return Report(
             method=run.spec,
             model=type(run.model).__name__,
-            device=str(parameter.device),
-            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(run.device),
+            dtype=str(dtype).removeprefix("torch."),
             applied=bool(self.sites) or (run.rules is not None and bool(run.rules.ran)),
             note=self.note or _kept_whole(images),
             images=images,
@@ -175,12 +175,13 @@ class Costs:
         pictures = self.run.site.pictures
         if self.layout is not None:  # images and videos take one call of the encoder each
             pictures = len(self.layout.album) if encoder.packed else self.layout.album.patches // self.run.site.patches
-        start: float = self.run.site.patches + encoder.prefix
+        seen = start = float(self.run.site.patches + encoder.prefix)
         if encoder.packed and self.layout is not None:
             start = self.layout.album.patches / len(self.layout.album)
+            seen = self.layout.album.patches if encoder.joint else start
         ran = full = 0.0
         for number, (before, after) in enumerate(lengths):
-            keys = encoder.keys(number, start)
+            keys = encoder.keys(number, seen)
             full += pictures * block_flops(start, width, mlp, gated=gated, n_keys=keys)
             # tokens that left are missed by all others alike
             ran += pictures * block_flops(before, width, mlp, gated=gated, n_mlp=after, n_keys=keys * before / start)

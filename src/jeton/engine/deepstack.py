@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..method import Unsupported
+from .aside import aside
 from .flow import Flow
 from .prompt import Prompt, padded
 
@@ -33,6 +34,7 @@ class Deepstack:
                 "transformers does not have; use transformers 5.17 to 5.23, or a model without DeepStack, e.g. Qwen2.5-VL."
             )
 
+        @aside
         @functools.wraps(own)
         def add(hidden: Tensor, mask: Any, level: Any) -> Tensor:
             return self._added(hidden, level) if isinstance(level, int) else own(hidden, mask, level)

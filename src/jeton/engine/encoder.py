@@ -5,6 +5,7 @@ Blocks are run through one generic pre-norm forward that stands in for the layer
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from ..ops import attention, pixels, similarity
 from ..ops.policy import policy_softmax
 from ..place import Place
 from ..tokens import Reduction, Tokens, gather
+from .aside import aside, stand_in
 from .tap import Attention, Listener, add_bias
 
 if TYPE_CHECKING:
@@ -62,7 +64,6 @@ class EncoderSite:
         self._names = list(inspect.signature(encoder.entrance.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
-        self._saved: list[tuple[nn.Module, Any]] = []
         self.outputs = [need for need in late if isinstance(need, OF_OUTPUT)]
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
         for need in late.difference(self.outputs, self.seen):
@@ -121,7 +122,7 @@ class EncoderSite:
         blocks = self.encoder.blocks
         if self.stepped:
             for number, block in enumerate(blocks):
-                self._stand_in(number, block)
+                self.run.stand_in(block, functools.partial(self._forward, number, block))
                 self._listener(number)
         if self.stepped and self.encoder.pooling is not None:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
@@ -135,15 +136,19 @@ class EncoderSite:
             self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
         for number, listener in self.listeners.items():
             self.run.taps.listen(self.encoder.attention(blocks[number]), listener, self.encoder.functional)
-        self.run.undo(self._restore)
 
+    @aside
     def _pool(self, module: nn.Module, args: tuple) -> tuple:
         """The pooling head's token mask, for the tokens that are left."""
+        if self.policy is not None:
+            return (args[0], self.policy.detach() > 0.5, *args[2:])
         return args if self.reduction is None else (args[0], self.mask, *args[2:])
 
+    @aside
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.special = features_of(output)[:, : self.encoder.prefix]
 
+    @aside
     def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.last = features_of(output)
 
@@ -152,14 +157,18 @@ class EncoderSite:
         index = None if self.reduction is None else self.reduction.index
         return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
 
+    @aside
     def _average(self, module: nn.Module, args: tuple) -> tuple | None:
         """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
         tokens = self.run.tokens
         if tokens is None and self.last is not None:  # the head comes before the encoder's output
             tokens = self.as_tokens(self.last)
-        if tokens is None or (tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches):
+        if tokens is None:
+            return None
+        if tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches and self.policy is None:
             return None
         weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
+        weight = weight if self.policy is None else weight * self.policy
         if not self.encoder.pools_special:
             weight = weight * (tokens.origin >= self.encoder.prefix)
         return (self.encoder.pooled(tokens.features, weight), *args[1:])
@@ -167,20 +176,9 @@ class EncoderSite:
     def _listener(self, block: int) -> _Listener:
         return self.listeners.setdefault(block, _Listener(self))
 
-    def _stand_in(self, number: int, block: nn.Module) -> None:
-        self._saved.append((block, block.__dict__.get("forward")))
-        block.forward = self._forward(number, block)  # type: ignore[method-assign]
-
-    def _restore(self) -> None:
-        for block, forward in self._saved:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-        self._saved.clear()
-
     # -- one forward ---------------------------------------------------------------------------------------------------
 
+    @aside
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Start of the encoder's forward: fresh state, and a smaller picture where a method asks for one."""
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -225,6 +223,7 @@ class EncoderSite:
             self.records[need].append(torch.nn.functional.pad(value, (self.encoder.prefix, 0)))
             self.records_at[need] = self.reduction
 
+    @aside
     def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.run.clock.add("encoder", self._started_at)
         for need in self.outputs:
@@ -284,15 +283,17 @@ class EncoderSite:
             else method.steps(count, self.depth)
         )
 
-    def _forward(self, number: int, block: nn.Module) -> Callable[..., Tensor]:
+    def _forward(self, number: int, block: nn.Module, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         parts = self.encoder.parts(block)
 
+        @stand_in
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             self._prepare(number, hidden_states)
 
+            @stand_in
             def attend(y: Tensor, call: Callable[..., Any] = parts.attention) -> Tensor:
-                handed = {name: self._trim(value) for name, value in self.encoder.handed(block, kwargs).items()}
-                mixed = call(y, *(self._trim(value) for value in args), **handed)
+                given, handed = self._handed(block, args, kwargs)
+                mixed = call(y, *given, **handed)
                 return mixed[0] if isinstance(mixed, tuple) else mixed
 
             def look(x: Tensor) -> None:
@@ -313,6 +314,13 @@ class EncoderSite:
 
         return forward
 
+    @aside
+    def _handed(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A block's further arguments, cut to the tokens that are left."""
+        handed = self.encoder.handed(block, kwargs)
+        return tuple(self._trim(value) for value in args), {name: self._trim(value) for name, value in handed.items()}
+
+    @aside
     def _prepare(self, number: int, x: Tensor) -> None:
         """Tell the block's listener what this block's own steps will ask for."""
         asked: set[Need] = set()
@@ -340,6 +348,7 @@ class EncoderSite:
         self._start = x.shape[1] - self.encoder.prefix
         return self._start
 
+    @aside
     def _step(self, number: int, point: str, x: Tensor, look: Callable[[Tensor], None] | None = None) -> Tensor:
         for method, step in self._at(number):
             if step.point != point or step.around:
@@ -359,6 +368,7 @@ class EncoderSite:
 
     # -- fewer tokens for a while --------------------------------------------------------------------------------------
 
+    @aside
     def _around(self, number: int, x: Tensor) -> list[tuple[Method, Reduction]]:
         """What steps that are undone behind each half of this block decide, on the tokens in front of it."""
         decided = []
@@ -370,6 +380,7 @@ class EncoderSite:
                     decided.append((step, reduction))
         return decided
 
+    @stand_in
     def _half(
         self,
         half: str,
@@ -474,6 +485,7 @@ class EncoderSite:
         self.softened.append(replace(after, policy=self.policy))
         return after.features
 
+    @aside
     def _conclude(self, x: Tensor) -> Tensor:
         """Behind the last block: what a method hands on in place of the tokens that are left."""
         for method in self.stepped:
@@ -625,13 +637,29 @@ class _Listener(Listener):
         with site.run.clock.measure("selection"):
             self.now = {need: _measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
             for need in set() if self.looking else self.late:
-                for part in _chunks(query, key, value, extra):
-                    site.records[need].append(_measure(need, *part, mask, site.mask, scale))
+                for part in self._calls(query, key, value, mask, extra):
+                    site.records[need].append(_measure(need, *part, site.mask, scale))
                 site.records_at[need] = site.reduction
                 if site.lent:
                     site.undone.add(need)
 
-    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+    def _calls(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """q, k, v and mask. Where all pictures of a packed encoder come in one call, it is split as if each had its own."""
+        encoder, ends = self.site.encoder, extra.get("cu_seq_lens_q")
+        if ends is not None:
+            sizes = (ends[1:] - ends[:-1]).tolist()
+        elif encoder.joint:
+            sizes = [item.patches for item in encoder.geometry(self.site.inputs)]
+        else:
+            return [(query, key, value, mask)]
+        parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+        return [(*part, None) for part in parts]
+
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
         """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
         attention under the policy."""
         if self.looking:
@@ -641,7 +669,7 @@ class _Listener(Listener):
         policy = self.site.policy
         if policy is None:
             return None
-        logits = attention.rows(query, key, extra.get("scaling"), self.bias(query, key), logits=True)
+        logits = attention.rows(query, key, extra.get("scaling"), mask, logits=True)
         weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -734,16 +762,6 @@ class _ProbeListener(Listener):
             bias = query.new_zeros(hidden.shape) if bias is None else bias
             bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
         return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
-
-
-def _chunks(query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Packed flash attention gets all pictures in one call: split it as the others are."""
-    ends = extra.get("cu_seq_lens_q")
-    if ends is None:
-        return [(query, key, value)]
-    sizes = (ends[1:] - ends[:-1]).tolist()
-    query_parts, key_parts, value_parts = (part.split(sizes, dim=2) for part in (query, key, value))
-    return list(zip(query_parts, key_parts, value_parts, strict=True))
 
 
 def _measure(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..method import Method
 from ..needs import Need, PairedText, PromptNumber
 from ..tokens import gather
+from .aside import aside
 from .deepstack import Deepstack
 from .flow import Flow, Memory, whole
 from .gallery import Gallery
@@ -53,6 +54,7 @@ class Entrance:
 
     # -- the whole model -----------------------------------------------------------------------------------------------
 
+    @aside
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A forward starts: does it bring pictures, and can they be found in its prompt?"""
         self._open(args, kwargs)
@@ -110,12 +112,14 @@ class Entrance:
         run.check_keeps(prompt.flow.layout.album.candidates(self.gallery.structure).slot.shape[1])
         run.costs.begin(prompt.flow)
 
+    @aside
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.prompt.run.finish(pictures=self.asked is not None)
         self.prompt.flow = self.prompt.scene = self.prompt.cache = self.asked = None
 
     # -- the language model ----------------------------------------------------------------------------------------------
 
+    @aside
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Reduce what comes in, or line up the mask and positions of what follows with what the cache holds."""
         prompt = self.prompt
@@ -254,6 +258,7 @@ class Entrance:
         use = kwargs.get("use_cache")
         return bool(self.prompt.view.decoder.config.use_cache if use is None else use)
 
+    @aside
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Remember what the cache holds, and let it report the length of the whole conversation."""
         prompt = self.prompt

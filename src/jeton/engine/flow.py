@@ -183,17 +183,19 @@ class Cut:
 
 @dataclass
 class Flow:
-    """One forward that brings pictures. columns: (R, M) where each visual token stands in the flattened current sequence."""
+    """One forward that brings pictures. columns: (R, M) where each visual token stands in the flattened current sequence.
+    between: (B, length) its columns between the tokens of one image; see `Layout`."""
 
     layout: Layout
     scene: Scene
     columns: Tensor
     length: int
     structure: str
+    between: Tensor | None = None
 
     @classmethod
     def start(cls, layout: Layout, scene: Scene, structure: str) -> Flow:
-        return cls(layout, scene, layout.columns, layout.length, structure)
+        return cls(layout, scene, layout.columns, layout.length, structure, layout.between)
 
     def __post_init__(self) -> None:
         self._present = list(self.layout.album.counts)
@@ -230,6 +232,7 @@ class Flow:
         valid = keep.gather(1, index) if uneven else None
         gone_before = (~keep).cumsum(1)
         self._move(keep, short)
+        self.between = None if self.between is None else self.between.gather(1, index)
         return Cut(index, valid, gone_before.gather(1, index), gone_before[:, -1:])
 
     def _shortened(self, keep: Tensor) -> tuple[int, bool]:

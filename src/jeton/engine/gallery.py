@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..layout import Album, Layout, Rows, read_layout
 from ..needs import Given, Need
 from ..tokens import Reduction
+from .aside import aside, stand_in
 from .flow import Flow, Scene, Step
 from .groups import Groups
 from .prompt import Prompt
@@ -33,13 +35,12 @@ class Gallery:
         """Wrap the model's own methods that encode pictures."""
         base = self.prompt.view.base
         for stream, name in self.prompt.view.streams().items():
-            own = base.__dict__.get(name)
-            setattr(base, name, self._encoding(stream, getattr(base, name)))
-            self.prompt.run.undo(functools.partial(_put_back, base, name, own))
+            self.prompt.run.stand_in(base, functools.partial(self._encoding, stream), name)
 
     def _encoding(self, stream: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(encode).parameters)
 
+        @stand_in
         @functools.wraps(encode)
         def encoding(*args: Any, **kwargs: Any) -> Any:
             if self.busy:  # one of these methods may call another
@@ -56,6 +57,7 @@ class Gallery:
 
         return encoding
 
+    @aside
     def _open(self, stream: str, inputs: dict[str, Any]) -> None:
         """Before the encoder runs: the geometry is known, budgets are checked."""
         prompt = self.prompt
@@ -79,6 +81,7 @@ class Gallery:
             return {need: need.rows(frames).to(device) for need in asked}
         return {need: torch.ones(len(album), units, device=device) for need in asked}
 
+    @aside
     def _close(self, stream: str, output: Any) -> None:
         prompt = self.prompt
         scene, site = prompt.scene, prompt.encoder
@@ -99,7 +102,7 @@ class Gallery:
         for stream, (held, scene) in self.scenes.items():
             output = held() if isinstance(held, weakref.ref) else held
             given = None if encoded is None else encoded.get(stream)
-            if encoded is None or (given is not None and given is output):
+            if encoded is None or _same(given, output):
                 found.append((stream, scene))
         if not found:
             return None
@@ -135,7 +138,9 @@ class Gallery:
         width = shown.source.shape[1]
         position = torch.stack([torch.nn.functional.pad(columns, (0, width - len(columns))) for *_, columns in order])
         first = parts[0][0]
-        layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length)
+        marked = [part.between for part, _ in parts if part.between is not None]
+        between = torch.stack(marked).any(0) if marked else None
+        layout = Layout(shown, tuple(sample for sample, *_ in order), position, first.batch, first.length, between)
         signals = {need: torch.cat([scene.signals[need] for scene in scenes]) for need in scenes[0].signals}
         at, units = [number for _, _, number, _ in order], shown.place.units
         given = {
@@ -157,8 +162,20 @@ class Gallery:
         return Flow.start(layout, scene, self.structure)
 
 
-def _put_back(base: Any, name: str, own: Any) -> None:
-    if own is None:
-        base.__dict__.pop(name, None)
-    else:
-        setattr(base, name, own)
+def _same(given: Any, output: Any) -> bool:
+    """Whether these are the features of a call of the encoder. accelerate makes outputs anew, perhaps on another device."""
+    if given is None or output is None or given is output:
+        return given is not None and given is output
+    pairs = list(itertools.zip_longest(_features(given), _features(output)))
+    return bool(pairs) and all(_equal(*pair) for pair in pairs)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b.to(a.device))
+
+
+def _features(output: Any) -> list[Tensor]:
+    made = getattr(output, "pooler_output", None)
+    return [made] if isinstance(made, Tensor) else list(made or [])

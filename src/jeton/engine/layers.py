@@ -33,6 +33,7 @@ from ..ops import attention, budget, neurons
 from ..ops.pagerank import importance, pagerank
 from ..tokens import Tokens, gather
 from .ahead import Ahead, Heard, is_ahead, row_mask
+from .aside import aside
 from .entrance import pick
 from .flow import Cut, Kept, whole
 from .masks import hidden as hidden_columns
@@ -175,6 +176,7 @@ class LayerSite:
             if any(isinstance(need, TextAttention) and need.unbiased for need in here):
                 run.hook(layer.register_forward_pre_hook(self._turned, with_kwargs=True))
 
+    @aside
     def _turned(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.rotary = kwargs["position_embeddings"]
 
@@ -182,12 +184,14 @@ class LayerSite:
     def _read_at(need: Need, layer: int) -> int:
         return layer - 1 if need.layer is None else need.layer
 
+    @aside
     def _fire(self, number: int, tops: set[float], module: nn.Module, args: tuple) -> None:
         """The gated activations of a layer's MLP are on their way into its last projection."""
         if self.prompt.flow is not None:
             with self.prompt.run.clock.measure("selection"):
                 self.fired.update({(number, top): neurons.positive(args[0], top) for top in tops})
 
+    @aside
     def _fresh(self, rated: set[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.prompt.stage = None
         for old in (self.heard, self.fired, self.rated, self.ranks, self.raters):
@@ -204,6 +208,7 @@ class LayerSite:
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
 
     def _in_front(self, number: int) -> Any:
+        @aside
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             hidden = args[0] if args else kwargs["hidden_states"]
             if self.steps[number] and self.prompt.flow is not None:

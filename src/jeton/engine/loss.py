@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .aside import aside, stand_in
 from .prompt import Prompt
 
 
@@ -15,24 +19,31 @@ class Loss:
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self.labels: Tensor | None = None
 
     def attach(self) -> None:
         model = self.prompt.view.model
-        if model is self.prompt.view.base:
-            return
-        self.prompt.run.hook(model.register_forward_pre_hook(self._take, with_kwargs=True))
-        self.prompt.run.hook(model.register_forward_hook(self._give, with_kwargs=True))
+        if model is not self.prompt.view.base:
+            self.prompt.run.stand_in(model, functools.partial(self._forward, model))
 
-    def _take(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self.labels = kwargs.pop("labels", None)
-        return args, kwargs
+    def _forward(self, model: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Not a hook: peft calls the forward of the model it wraps without its hooks."""
+        names = list(inspect.signature(own).parameters)
+        at = names.index("labels") if "labels" in names else len(names)
 
-    def _give(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        labels, left = self.labels, self.prompt.left
-        self.labels = None
-        if labels is None:
-            return None
+        @stand_in
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            labels = kwargs.pop("labels", None)
+            if len(args) > at:
+                labels, args = args[at], (*args[:at], None, *args[at + 1 :])
+            output = own(*args, **kwargs)
+            return output if labels is None else self._give(model, labels, kwargs, output)
+
+        return forward
+
+    @aside
+    def _give(self, module: nn.Module, labels: Tensor, kwargs: dict, output: Any) -> Any:
+        left = self.prompt.left
         if left is not None:
             labels = labels.gather(1, left.index)
             labels = labels if left.valid is None else labels.masked_fill(~left.valid, -100)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..tokens import gather
+from .aside import aside
 from .prompt import Prompt
 
 Masks = dict[str, Tensor | None]
@@ -100,6 +101,7 @@ class WindowSite:
 
     @staticmethod
     def _in_front(number: int) -> Any:
+        @aside
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
             if not is_wide(mask):

@@ -11,6 +11,7 @@ from ..layout import Rows
 from ..method import Method
 from ..needs import Need
 from ..tokens import Tokens, gather
+from .aside import aside
 from .encoder import features_of
 from .flow import Step
 from .prompt import in_front
@@ -28,9 +29,11 @@ class Outlet:
         self.run.hook(self.run.encoder.entrance.register_forward_pre_hook(self._forget))
         self.run.hook(self.run.encoder.exit.register_forward_hook(self._after))
 
+    @aside
     def _forget(self, module: nn.Module, args: tuple) -> None:
         self.tokens = None
 
+    @aside
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Reduce `last_hidden_state`; special tokens stay in front unless a method has decided on them itself."""
         hidden = features_of(output)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..layout import Rows
 from ..method import Method
 from ..tokens import Reduction
+from .aside import aside
 from .prompt import Prompt, padded
 
 
@@ -25,6 +26,7 @@ class ProjectorSite:
         self.prompt.run.hook(projector.register_forward_pre_hook(self._before))
         self.prompt.run.hook(projector.register_forward_hook(self._after))
 
+    @aside
     def _before(self, module: nn.Module, args: tuple) -> tuple | None:
         prompt, features = self.prompt, args[0]
         scene, shortened = prompt.scene, prompt.encoder.reduction
@@ -48,6 +50,7 @@ class ProjectorSite:
             self.patch = self._patches()
         return (tokens.features, *args[1:])
 
+    @aside
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self.prompt.scene is not None:
             self.prompt.scene.projected = output.shape[:-1].numel()

@@ -17,6 +17,7 @@ from ..models.base import Gated
 from ..needs import CoreNeurons, Skip
 from ..ops import neurons
 from ..ops.flops import block_flops
+from .aside import aside, stand_in
 from .flow import Flow
 from .prompt import Prompt
 
@@ -41,33 +42,29 @@ class RuleSite:
         view, run = self.prompt.view, self.prompt.run
         for number, rule in self.skips.items():
             layer = view.layers[number]
-            self._stand_in(layer, self._skipping(number, layer, rule, view.parts(layer)))
+            run.stand_in(layer, functools.partial(self._skipping, number, layer, rule, view.parts(layer)))
         for number, core in self.cores.items():
             gated = view.gated(view.layers[number])
             self._check(gated)
             run.hook(gated.down.register_forward_pre_hook(functools.partial(self._count, number, core)))
             mlp: Any = view.layers[number].mlp
-            self._stand_in(mlp, self._few(number, mlp, gated))
+            run.stand_in(mlp, functools.partial(self._few, number, gated))
         if self.skips:
             run.hook(view.decoder.register_forward_pre_hook(self._fresh))
 
+    @aside
     def _fresh(self, module: nn.Module, args: tuple) -> None:
         self._others = None
         if self.prompt.flow is not None:
             self.ran.clear()
             self.prompt.run.refuse_checkpointing(module, self.prompt.view.checkpointing)
 
-    def _stand_in(self, module: nn.Module, forward: Any) -> None:
-        own = module.__dict__.get("forward")
-        module.forward = forward
-        self.prompt.run.undo(functools.partial(_put_back, module, own))
-
     # -- parts of a layer left out -----------------------------------------------------------------------------------------
 
-    def _skipping(self, number: int, layer: nn.Module, rule: Skip, parts: Parts) -> Any:
-        own = layer.forward
+    def _skipping(self, number: int, layer: nn.Module, rule: Skip, parts: Parts, own: Any) -> Any:
         names = list(inspect.signature(own).parameters)
 
+        @stand_in
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             who = self._who(rule)
@@ -135,13 +132,15 @@ class RuleSite:
     # -- core neurons ------------------------------------------------------------------------------------------------------
 
     def _check(self, gated: Gated) -> None:
-        odd = [part for part in (gated.gate, gated.up, gated.down) if type(part) is not nn.Linear]
+        odd = [part for part in (gated.gate, gated.up, gated.down) if not _plain(part)]
         if odd:
+            kind = f"{type(odd[0]).__name__} with weights of {type(odd[0].weight).__name__}"
             raise Unsupported(
-                f"{self.prompt.run.spec} slices the MLP's weights, but {self.prompt.view.name} has {type(odd[0]).__name__} there "
-                f"(quantized, or with an adapter); use the plain weights (merge the adapter), or neurons=1.0."
+                f"{self.prompt.run.spec} slices the MLP's weights, but {self.prompt.view.name} has {kind} there (quantized, "
+                f"offloaded, or with an adapter); use the plain weights (merge the adapter), or neurons=1.0."
             )
 
+    @aside
     def _count(self, number: int, core: CoreNeurons, module: nn.Module, args: tuple) -> None:
         """The prompt is running: which neurons do most of its tokens activate?"""
         prompt = self.prompt
@@ -154,15 +153,19 @@ class RuleSite:
                     count = count + neurons.counts(neurons.positive(args[0][:, part], core.top), real)
                 prompt.memory.core[number] = Core(neurons.core(count, core.share), gated_width=args[0].shape[2])
 
-    def _few(self, number: int, mlp: nn.Module, gated: Gated) -> Any:
-        own = mlp.forward
-
+    def _few(self, number: int, gated: Gated, own: Any) -> Any:
+        @stand_in
         @functools.wraps(own)
         def forward(x: Tensor) -> Tensor:
             core = self.prompt.memory.core.get(number) if self.prompt.decoding else None
             return own(x) if core is None else core.run(gated, x)
 
         return forward
+
+
+def _plain(part: nn.Module) -> bool:
+    """A linear layer whose weights are numbers that are here."""
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not part.weight.is_meta
 
 
 class Core:
@@ -220,10 +223,3 @@ def _attention(parts: Parts, normed: Tensor, given: dict) -> Tensor:
 
 def _mlp(parts: Parts, normed: Tensor) -> Tensor:
     return parts.scale2(parts.mlp(normed))
-
-
-def _put_back(module: nn.Module, own: Any) -> None:
-    if own is None:
-        del module.forward
-    else:
-        module.forward = own

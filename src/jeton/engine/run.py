@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ from ..tokens import Reduction, Tokens
 from .cache import CacheSite
 from .clock import Clock
 from .costs import Costs
+from .drafts import let_the_prompt_run_alone
 from .encoder import EncoderSite
 from .entrance import Entrance
 from .gallery import Gallery
@@ -124,8 +127,8 @@ class Run:
         # what is restored acts at all its places as it is
         self.virtual = any(method.virtual and not (restore and method.site == "block") for method in methods)
         self._check()
-        parameter = next(model.parameters())
-        self.clock = Clock(parameter.device)
+        self.device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+        self.clock = Clock(self.device)
         self.taps = Taps(model)
         self.costs = Costs(self)
         self._handles: list[Any] = []
@@ -147,6 +150,7 @@ class Run:
     # -- plugging in and out ---------------------------------------------------------------------------------------------
 
     def attach(self) -> Run:
+        _forget_compiled()
         try:
             self.site.attach()
             if isinstance(self.view, VisionLanguage):
@@ -182,9 +186,12 @@ class Run:
         self.rules = RuleSite(prompt, self.methods)
         self.rules.attach()
         Loss(prompt).attach()
+        let_the_prompt_run_alone(view.model, self.stand_in)
 
     def remove(self) -> None:
         """Take everything out again. Calling it twice does nothing."""
+        if self._handles or self._undo:
+            _forget_compiled()
         for handle in self._handles:
             handle.remove()
         for undo in reversed(self._undo):
@@ -207,6 +214,16 @@ class Run:
 
     def undo(self, action: Callable[[], None]) -> None:
         self._undo.append(action)
+
+    def stand_in(
+        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+    ) -> None:
+        """Until the run is removed `make(own)` stands in for a function of the module, by default its forward; within what
+        accelerate does around that to bring weights and inputs to their device, if anything."""
+        name = "_old_forward" if name == "forward" and "_old_forward" in vars(module) else name
+        own = vars(module).get(name)
+        setattr(module, name, make(getattr(module, name)))
+        self.undo(functools.partial(put_back, module, name, own))
 
     # -- what the user asks ----------------------------------------------------------------------------------------------
 
@@ -307,6 +324,12 @@ class Run:
                 f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
                 f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
             )
+        layers = getattr(getattr(self.view.model, "config", None), "vision_feature_layer", None)
+        if self.restore and isinstance(layers, list | tuple) and len(layers) > 1:
+            raise Unsupported(
+                f"{type(self.model).__name__} hands on features of several encoder blocks, but patches are restored behind the "
+                f"last of them alone; leave out restore=True and methods inside the encoder."
+            )
         if finishing and self.restore:
             raise Unsupported(f"{finishing[0].card.id} hands on tokens of its own, from which no patch can be restored.")
         self.encoder.check(self.model)
@@ -323,6 +346,10 @@ class Run:
                 self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
             leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
             restored = method.site == "block" and self.restore and not self.encoder.packed
+            if leaves and isinstance(self.view, VisionLanguage) and self.encoder.packed and not self.view.mixes:
+                self._refuse(
+                    method, "packs all pictures into one sequence in its encoder", "divprune or fastervlm(score='received')"
+                )
             if leaves and not restored and isinstance(self.view, VisionLanguage) and self.view.mixes:
                 others = "divprune, fastv, or a score such as fastervlm(score='received')"
                 merges = method.site == "block" and not self.encoder.packed
@@ -511,3 +538,22 @@ class Run:
         if not pictures:
             self.clock.begin("decode")
         self.clock.add("prefill" if pictures else "decode", self._door)
+
+
+def put_back(module: Any, name: str, own: Any) -> None:
+    """An attribute of an instance as it was; None if the instance had none of its own."""
+    if own is None:
+        vars(module).pop(name, None)
+    else:
+        setattr(module, name, own)
+
+
+_COMPILED = [0]
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not look whether hooks have come or gone: what it has made so far must not be used again."""
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if graphs != _COMPILED[0]:
+        _COMPILED[0] = graphs
+        torch.compiler.reset()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch.nn.functional import dropout, multi_head_attention_forward, scaled_do
 from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from .aside import aside
 
 PREFIX = "jeton_"
 
@@ -33,13 +34,16 @@ class Listener:
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         """Take what is needed from q (B, H, R, d), k and v (B, Hk, N, d)."""
 
-    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
-        """What stands in for this call's result, made with `original(q, k, v, mask)`; None to leave the call alone."""
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
+        """What stands in for this call's result, made with `original(q, k, v, mask)` or a pair of (B, N, H, d) and weights, under
+        the call's own mask with all biases added; None to leave the call alone."""
         return None
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Any], Any]
-_LISTENERS: weakref.WeakKeyDictionary[nn.Module, list[Listener]] = weakref.WeakKeyDictionary()
+LISTENERS = "_jeton_listeners"  # on the module itself: where nobody listens, a compiled model sees so without a break
 
 
 class Taps:
@@ -54,7 +58,7 @@ class Taps:
     def listen(self, attention: nn.Module, listener: Listener, functional: bool = False) -> None:
         """Hear an attention module; `functional` ones call torch's function themselves."""
         for module in attention.modules():
-            _LISTENERS.setdefault(module, []).append(listener)
+            module.__dict__.setdefault(LISTENERS, []).append(listener)
             self.heard.append(module)
         if functional and all(module is not attention for module, _ in self.stood_in):
             own = {name: attention.__dict__[name] for name in ("forward", "fused_attn") if name in attention.__dict__}
@@ -82,7 +86,7 @@ class Taps:
         for config, current in reversed(self.saved):
             config._attn_implementation_internal = current
         for module in self.heard:
-            _LISTENERS.pop(module, None)
+            module.__dict__.pop(LISTENERS, None)
         for module, own in self.stood_in:
             module.__dict__.pop("forward", None)
             module.__dict__.update(own)
@@ -104,26 +108,29 @@ def twin(implementation: str) -> str:
 def _tapped(implementation: str) -> Callable:
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any) -> Any:
         original = _original(module, implementation)
-        listeners = _LISTENERS.get(module)
+        listeners = getattr(module, LISTENERS, None)
         if listeners is None:
             return original(module, query, key, value, attention_mask, **extra)
+        attention = functools.partial(original, module, **extra)
         scale = extra.get("scaling") or query.shape[-1] ** -0.5
-        return _heard(listeners, functools.partial(original, module, **extra), query, key, value, attention_mask, scale, extra)
+        attention_mask, made = _told(listeners, attention, query, key, value, attention_mask, scale, extra)
+        return attention(query, key, value, attention_mask) if made is None else made
 
     return forward
 
 
-def _heard(
+@aside
+def _told(
     listeners: list[Listener],
     attention: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Any,
     scale: float,
     extra: dict[str, Any],
-) -> Any:
-    """One attention call, with what its listeners have to say."""
+) -> tuple[Any, Any]:
+    """One attention call's mask with its listeners' bias, and what stands in for its result, if anything."""
     for listener in listeners:
         bias = listener.bias(query, key)
         if bias is not None:
@@ -131,16 +138,17 @@ def _heard(
     for listener in listeners:
         listener.record(query, key, value, mask, scale, extra)
     for listener in listeners:
-        made = listener.attend(attention, query, key, value, extra)
+        made = listener.attend(attention, query, key, value, mask, extra)
         if made is not None:
-            return made
-    return attention(query, key, value, mask)
+            return mask, made
+    return mask, None
 
 
 def _overheard(module: nn.Module, forward: Callable, fused: bool) -> Callable:
+    @aside
     @functools.wraps(forward)
     def overheard(*args: Any, **kwargs: Any) -> Any:
-        with _Overhearing(_LISTENERS.get(module, []), scaled_dot_product_attention if fused else _by_hand):
+        with _Overhearing(getattr(module, LISTENERS, []), scaled_dot_product_attention if fused else _by_hand):
             return forward(*args, **kwargs)
 
     return overheard
@@ -181,7 +189,9 @@ class _Overhearing(TorchFunctionMode):
             return done.transpose(1, 2), None  # as transformers' attention functions give it
 
         size = query.shape[-1] ** -0.5 if scale is None else scale
-        return _heard(self.listeners, attention, query, key, value, attn_mask, size, {})[0].transpose(1, 2)
+        extra = {"scaling": size, "dropout": dropout_p}
+        mask, made = _told(self.listeners, attention, query, key, value, attn_mask, size, extra)
+        return (attention(query, key, value, mask) if made is None else made)[0].transpose(1, 2)
 
 
 def _by_hand(

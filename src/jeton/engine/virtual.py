@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.rotation import between
 from ..tokens import gather
+from .aside import aside
 from .flow import Cut, Flow, Step, Virtual
 from .prompt import Prompt
 from .tap import Attention, Listener
@@ -106,6 +107,7 @@ class VirtualSite:
         for layer in view.layers:
             run.taps.listen(view.attention(layer), _Listener(self, layer))
 
+    @aside
     def _fresh(self, module: nn.Module, args: tuple) -> None:
         self.maps.clear()
 
@@ -164,7 +166,9 @@ class _Listener(Listener):
     def __init__(self, site: VirtualSite, layer: nn.Module) -> None:
         self.site, self.layer = site, layer
 
-    def attend(self, original: Attention, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Any:
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
         map = self.site.map()
         if map is None:
             return None
@@ -174,8 +178,8 @@ class _Listener(Listener):
         if map.query is not None:
             queries = map.query.shape[1]
             query = self._stretched(query, map.query.clamp(min=0), map.cos[:, -queries:], map.sin[:, -queries:])
-        mask = map.mask(query.dtype, query.shape[2], extra.get("sliding_window"))
-        mixed, weights = original(query, key, value, mask)
+        own = map.mask(query.dtype, query.shape[2], extra.get("sliding_window"))
+        mixed, weights = original(query, key, value, own)
         return (mixed if map.query is None else _averaged(mixed, map.query, map.real[:, -queries:], short)), weights
 
     def _stretched(self, x: Tensor, owner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

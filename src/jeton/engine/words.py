@@ -14,11 +14,13 @@ def prompt_number(flow: Flow) -> Tensor:
 
 
 def text_columns(flow: Flow, length: int, mask: Tensor | None) -> Tensor:
-    """(B, length) true at text tokens. mask: the 2-D mask of the whole conversation."""
+    """(B, length) true at text tokens, those between the tokens of one image left out. mask: the 2-D mask of the whole
+    conversation."""
     batch = flow.layout.batch
     text = torch.ones(batch * length + 1, dtype=torch.bool, device=flow.columns.device)
     text[flow.columns.flatten()] = False
     text = text[:-1].view(batch, length)
+    text = text if flow.between is None else text & ~flow.between
     return text & mask[:, -length:].bool() if mask is not None and mask.dim() == 2 else text
 
 

@@ -33,7 +33,7 @@ def blank(model: str | Path | nn.Module) -> nn.Module:
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"))
     if name in transformers.CONFIG_MAPPING:
-        return _by_config(transformers.CONFIG_MAPPING[name]())
+        return _by_class(_of_type(transformers.CONFIG_MAPPING[name]).__name__)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -59,7 +59,12 @@ def _by_class(name: str) -> nn.Module:
     cls = _class(name)
     config = getattr(cls, "config_class", None)
     if config is not None:
-        return _made(cls, config(**example))
+        try:
+            return _made(cls, config(**example))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"the default configuration of {name} makes no model ({error}); give its view an `example`."
+            ) from error
     if view is None:
         raise ValueError(f"transformers.{name} is no class of model that is made of a configuration.")
     made: nn.Module = cls(**example, device="meta")  # timm's take their settings themselves
@@ -86,13 +91,18 @@ def _by_config(config: Any) -> nn.Module:
     for name in getattr(config, "architectures", None) or []:
         if hasattr(transformers, name) or name in Registry.models or name in Registry.encoders:
             return _made(_class(name), config)
+    return _made(_of_type(type(config)), config)
+
+
+def _of_type(config: type) -> Any:
+    """The class that a type of model is used with."""
     importlib.import_module("jeton.bridge")  # known to the Auto classes from then on
     for mapping in _HEADS:
         table = getattr(transformers, mapping)
-        if type(config) in table:
-            cls = table[type(config)]
-            return _made(cls[0] if isinstance(cls, tuple) else cls, config)
-    raise Unsupported(f"{type(config).__name__} ({config.model_type}) makes no model that sees pictures.")
+        if config in table:
+            cls = table[config]
+            return cls[0] if isinstance(cls, tuple) else cls
+    raise Unsupported(f"{config.__name__} makes no model that transformers' Auto classes know.")
 
 
 def _timm(name: str) -> nn.Module:

@@ -6,16 +6,19 @@ docs/add-a-model.md. It needs timm.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..engine import apply
-from ..method import Unsupported, methods
+from ..method import Unsupported, find, methods
 from ..models import Encoder, Registry, VisionLanguage, adapt, aimv2
 from .blank import blank, of_class
 from .systems import between
@@ -23,16 +26,22 @@ from .systems import between
 
 @dataclass(frozen=True)
 class Verdict:
-    """One method on one model. spec: what to apply: the method's id, or the id with the fields that the refusal of the id alone
-    named and that turned out to work; None where neither does. reason: the last refusal, "" where there was none."""
+    """One method on one model. spec: what to apply: the method's id, or the id with fields that the refusal of the id alone named
+    and that turned out to work; None where nothing does. reason: the refusal, "" where there was none. how: what `apply` must be
+    told beside the spec, such as train=True where a method works once it is trained."""
 
     method: str
     spec: str | None
     reason: str
+    how: str = ""
 
     @property
     def works(self) -> bool:
         return self.spec is not None
+
+    @property
+    def shown(self) -> str:
+        return (self.spec or "") + (f" with {self.how}" if self.how else "")
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Support:
 
     @property
     def works(self) -> tuple[str, ...]:
-        """The specs that work."""
+        """The specs that work, some with an argument of `apply` beside them (see `Verdict.how`)."""
         return tuple(verdict.spec for verdict in self.verdicts if verdict.spec is not None)
 
     @property
@@ -53,14 +62,30 @@ class Support:
         return {verdict.method: verdict.reason for verdict in self.verdicts if not verdict.works}
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [{"method": v.method, "works": v.works, "spec": v.spec, "reason": v.reason} for v in self.verdicts]
+        rows = [{"method": v.method, "works": v.works, "spec": v.spec, "how": v.how, "reason": v.reason} for v in self.verdicts]
         return {"model": self.model, "methods": rows}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.works)} of {len(self.verdicts)} methods work"]
-        lines += [f"  {spec}" for spec in self.works]
-        lines += [] if not self.refused else ["and not", *(f"  {reason}" for reason in self.refused.values())]
+        """What works, then each reason once, as the first method it holds for has it."""
+        lines = [
+            f"{self.model}: {len(self.works)} of {len(self.verdicts)} methods work",
+            *_wrapped("", [one.shown for one in self.verdicts if one.works]),
+        ]
+        whys: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            if not verdict.works:
+                whys.setdefault(_nameless(verdict, (self.model,)), []).append(verdict)
+        for first, *others in whys.values():
+            lines += ["", first.reason, *_wrapped("The same: ", [one.method for one in others])]
         return "\n".join(lines)
+
+
+def _wrapped(begin: str, names: Sequence[str]) -> list[str]:
+    return (
+        textwrap.wrap(begin + ", ".join(names), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        if names
+        else []
+    )
 
 
 def supports(model: str | Path | nn.Module) -> Support:
@@ -77,20 +102,46 @@ def supports(model: str | Path | nn.Module) -> Support:
 
 
 def _tried(net: nn.Module, method: str) -> Verdict:
-    reason = _refusal(net, method)
+    return _search(net, method, {}, {})
+
+
+def _search(net: nn.Module, method: str, fields: dict[str, str], how: dict[str, str]) -> Verdict:
+    """Apply a method with these fields and arguments of `apply`; if refused, with those as well that the refusal names."""
+    spec = f"{method}({', '.join(f'{name}={value}' for name, value in fields.items())})" if fields else method
+    reason = _refusal(net, spec, **dict.fromkeys(how, True))
     if not reason:
-        return Verdict(method, method, "")
-    named = re.search(rf"\b{re.escape(method)}\([^()]+\)", reason)
-    if named is None:
-        return Verdict(method, None, reason)
-    again = _refusal(net, named[0])
-    return Verdict(method, None, again) if again else Verdict(method, named[0], reason)
+        return Verdict(method, spec, "", ", ".join(f"{name}={value}" for name, value in how.items()))
+    last = reason
+    for name, value, own in _named(reason, method):
+        if name in fields or name in how or len(fields) + len(how) == 2:
+            continue
+        found = _search(net, method, *(({**fields, name: value}, how) if own is not None else (fields, {**how, name: value})))
+        if found.works:
+            return replace(found, reason=reason)
+        last = found.reason if own else last
+    return Verdict(method, None, last)
 
 
-def _refusal(net: nn.Module, spec: str) -> str:
+def _named(reason: str, method: str) -> list[tuple[str, str, bool | None]]:
+    """The settings that a refusal names, as (name, value, own). own: a field of the method, True where the refusal names the
+    method with it; None: an argument of `apply`."""
+    option = r"\b(\w+)=(True|False|'\w+'|\"\w+\")"
+    fields = {field.name for field in dataclasses.fields(find(method).object)}
+    switches = {name for name, parameter in inspect.signature(apply).parameters.items() if parameter.default is False}
+    own = [pair for spec in re.findall(rf"\b{re.escape(method)}\([^()]+\)", reason) for pair in re.findall(option, spec)]
+    told: list[tuple[str, str, bool | None]] = [(name, value, True) for name, value in own]
+    for name, value in re.findall(option, reason):
+        if name in fields and (name, value) not in own:
+            told.append((name, value, False))
+        elif name in switches and value == "True":
+            told.append((name, value, None))
+    return told
+
+
+def _refusal(net: nn.Module, spec: str, **how: Any) -> str:
     """Why a spec cannot be applied; "" if it can."""
     try:
-        apply(net, spec).remove()
+        apply(net, spec, **how).remove()
     except (Unsupported, ValueError) as refusal:  # a layer that a model does not have is a ValueError
         return str(refusal)
     return ""
@@ -115,7 +166,7 @@ def page() -> str:
     found = {name: _support(name) for name in families()}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, support in found.items():
-        alike = tuple(verdict.spec or _nameless(verdict, _names(name)) for verdict in support.verdicts)
+        alike = tuple(verdict.shown or _nameless(verdict, _names(name)) for verdict in support.verdicts)
         groups.setdefault(alike, []).append(name)
     columns = {_letters(number): names for number, names in enumerate(groups.values())}
     whys: dict[str, str] = {}
@@ -132,7 +183,8 @@ def page() -> str:
             "## Families",
             "\n".join(["| | class | what it is |", "|---|---|---|", *_listed(columns)]),
             "## Methods on families",
-            "**yes**, yes with the fields shown, or the number of the reason why not.",
+            "**yes**; yes with the (fields) and the arguments of `jeton.apply` that are shown, `train=True` where a method works "
+            "once it is trained; or the number of the reason why not.",
             "\n".join(rows),
             "## Reasons",
             "As one of the families says it; the others say the same with their own names.",
@@ -176,7 +228,8 @@ def _names(name: str) -> tuple[str, ...]:
 
 def _cell(verdict: Verdict, names: tuple[str, ...], whys: dict[str, str]) -> str:
     if verdict.spec is not None:
-        return "**yes**" if verdict.spec == verdict.method else f"`{verdict.spec.removeprefix(verdict.method)}`"
+        more = " ".join(part for part in (verdict.spec.removeprefix(verdict.method), verdict.how) if part)
+        return f"`{more}`" if more else "**yes**"
     template = _nameless(verdict, names)
     whys.setdefault(template, verdict.reason)
     return str(list(whys).index(template) + 1)

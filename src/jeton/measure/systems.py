@@ -79,7 +79,8 @@ def _fields(card: Card) -> str:
         made: Any = card.object.__dict__.get("__init__", card.object) if isinstance(card.object, type) else card.object
         asked = inspect.signature(made).parameters.values()
         lines = ["  " + str(one).replace("'", "") for one in asked if one.name != "self"]
-    return "\n".join(lines) or "  none"
+    named = re.sub(r"<function (\w+) at 0x\w+>", r"\1", "\n".join(lines))  # where a function lies differs from run to run
+    return named or "  none"
 
 
 def _reduces(card: Card) -> bool:

@@ -8,6 +8,7 @@ picture is known to the processor alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from .llava import Llava
 
 @adapter("AyaVisionForConditionalGeneration", "AyaVisionModel")
 class AyaVision(Llava):
+    # the default tower has a width that its heads do not divide
+    example: ClassVar = {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}}
     mixes = True
     told_by_prompt = True
 

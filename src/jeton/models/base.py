@@ -72,18 +72,20 @@ class Encoder(View):
     """View of a vision encoder.
 
     prefix: special tokens in front of the patches. has_class: the first of them is a trained class token. packed: all pictures
-    travel in one sequence (no batch axis), so tokens cannot leave inside a block. groups: a packed encoder from which whole merge
-    groups may leave before it runs (`shortened`); outputs: where its output holds what is made of groups. resizable: it takes
-    pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work. pooling: the head that is
-    handed a token mask as its second argument, where there is one. pools_special: the head's mean over tokens has special tokens
-    in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of transformers' registry.
-    argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor normalises pixels unless told
-    otherwise. example, home: see `View`.
+    travel in one sequence (no batch axis), so tokens cannot leave inside a block. joint: a packed encoder whose attention sees
+    all pictures in one call, kept apart by a mask, so that each query is multiplied with the keys of all. groups: a packed
+    encoder from which whole merge groups may leave before it runs (`shortened`); outputs: where its output holds what is made of
+    groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
+    pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
+    tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of
+    transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
+    normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
     has_class: bool = False
     packed: bool = False
+    joint: bool = False
     groups: bool = False
     outputs: tuple[str, ...] = ("pooler_output",)
     resizable: bool = True
@@ -231,15 +233,17 @@ class Encoder(View):
 class VisionLanguage(View):
     """View of a vision-language model.
 
-    base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings.
-    projector: the module that maps encoder features one by one to embeddings, None where there is none. mixes: patches are mixed
-    into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside the encoder one by one, and
-    methods of the site encoder act on what comes out. rotary_rows: rows of the position ids. told_by_prompt: only
-    the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the tokens of one image;
-    it is text to the model, and stays. deepstack: the decoder's argument with features that are added to visual tokens behind its
-    first layers, and its method that adds them. masked_above: `base` makes the attention masks, so that some tokens see those
-    behind them. needed: arguments without which it does not know which ones.
+    base: the module without the head, which sees `input_ids` and pixels. decoder: its language model, which sees embeddings and
+    is called `language` there. projector: the module that maps encoder features one by one to embeddings, None where there is
+    none. mixes: patches are mixed into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside
+    the encoder one by one, and methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
+    told_by_prompt: only the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the
+    tokens of one image; it is text to the model, and stays. deepstack: the decoder's argument with features that are added to
+    visual tokens behind its first layers, and its method that adds them. masked_above: `base` makes the attention masks, so that
+    some tokens see those behind them. needed: arguments without which it does not know which ones.
     """
+
+    language: str = "language_model"
 
     projector: nn.Module | None = None
     mixes: bool = False
@@ -252,8 +256,8 @@ class VisionLanguage(View):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.base = model.model if hasattr(model, "model") and hasattr(model.model, "language_model") else model
-        self.decoder = self.base.language_model
+        self.base = model.model if hasattr(getattr(model, "model", None), self.language) else model
+        self.decoder = getattr(self.base, self.language)
         self.encoder = self.vision()
 
     @property
@@ -375,7 +379,7 @@ class VisionLanguage(View):
     def projection(self) -> float:
         """FLOPs of the projector for one token."""
         parts = [] if self.projector is None else self.projector.modules()
-        return float(sum(2 * part.weight.numel() for part in parts if isinstance(part, nn.Linear)))
+        return float(sum(2 * part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear)))
 
     def between(self, length: int, album: Album) -> float:
         """FLOPs of what stands between encoder and language model in the place of a projector, for these pictures in prompts of
@@ -428,7 +432,21 @@ def adapt(model: nn.Module) -> Encoder | VisionLanguage:
     )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, peft and parallel training wrap around it."""
+    while True:
+        if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def _inside(model: nn.Module) -> Iterator[nn.Module]:
+    model = unwrapped(model)
     yield model
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:

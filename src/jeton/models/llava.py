@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one picture an image, a per-token projector, one run of image tokens."""
+"""LLaVA-1.5: one picture an image, a per-token projector. Its tower may be any encoder jeton knows, Pixtral's too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from ..layout import Geometry
 from ..method import Unsupported
 from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+from .pixtral import BREAKS, Pixtral
 
 
 @adapter("LlavaForConditionalGeneration", "LlavaModel")
@@ -14,6 +15,10 @@ class Llava(VisionLanguage):
     @property
     def projector(self) -> nn.Module:  # type: ignore[override]
         return self.base.multi_modal_projector
+
+    @property
+    def marks(self) -> str:  # type: ignore[override]
+        return BREAKS if isinstance(self.encoder, Pixtral) else ""
 
     def check(self) -> None:
         if self.encoder.prefix and getattr(self.model.config, "vision_feature_select_strategy", "default") == "full":
@@ -28,5 +33,4 @@ class Llava(VisionLanguage):
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         self.check()
-        pixels = inputs["pixel_values"]
-        return [Geometry.picture(*self.encoder.grid(pixels))] * pixels.shape[0]
+        return self.encoder.geometry(inputs)

@@ -111,8 +111,8 @@ class RobustTokenAttention:
     model with attn_implementation="eager", otherwise a ValueError says so.
     """
 
-    def __init__(self, weight: float = 1.0, entropy: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> None:
-        self.weight, self.entropy = weight, entropy
+    def __init__(self, weight: float = 1.0, entropy: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.weight, self.entropy = weight, entropy or F.cross_entropy
 
     def __call__(self, model: Any, batch: Any) -> dict[str, Tensor]:
         pixels, labels = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch

@@ -1,10 +1,10 @@
 """A-ViT on the digits: the model learns with its first channel when each of 64 patches has been computed enough.
 
-440 steps of 64 images. gamma, beta and the weights of the losses are set for so short a run on so small a model (published: 10, 30
-or 75, 5e-4 and 1e-3, for 100 epochs). It took 77 s of processor time on one core, measuring included (449 s on a busy
+440 steps of 64 images. gamma, beta and the weights of the losses are set for so short a run on so small a model (published: 10,
+30 or 75, 5e-4 and 1e-3, for 100 epochs). It took 77 s of processor time on one core, measuring included (449 s on a busy
 machine), and 760 MB. Before, no token halts and 0.952 of the held-out digits come out right; after, 0.947, at 0.46 of the FLOPs
-where pictures run one by one: of 65 tokens 65, 65, 44, 6, 2 and 1 enter the six blocks. In a batch shorter rows are padded to the
-longest.
+where pictures run one by one: of 65 tokens 65, 65, 44, 6, 2 and 1 enter the six blocks. In a batch shorter rows are padded to
+the longest.
 """
 
 from __future__ import annotations

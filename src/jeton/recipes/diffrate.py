@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.digits import load_digits
-from ..method import get
 from ..reduce.diffrate import DiffRate, multiply_adds
 from ..train import Recipe
 from ._digits import learn, measured, write
@@ -25,10 +24,10 @@ TARGET = 0.6
 def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe | None = None) -> dict[str, Any]:
     digits = load_digits()
     digits.model.requires_grad_(False)
-    told = learn(digits, get("diffrate", target=TARGET, granularity=1), recipe or RECIPE, out, resume=resume, progress=progress)
-    found = get("diffrate", weights=out)
-    assert isinstance(found, DiffRate)
-    prune, merge = found.lists(6)
+    told = learn(digits, DiffRate(target=TARGET, granularity=1), recipe or RECIPE, out, resume=resume, progress=progress)
+    found = DiffRate(weights=str(out)).lists(6)
+    assert found is not None
+    prune, merge = found
     ran, full = (float(multiply_adds(*lists, 48, 65, 6)) for lists in ((prune, merge), ((), ())))
     ratio = uniform(ran / full)
     results = {
@@ -46,8 +45,7 @@ def uniform(share: float) -> float:
     """The ratio of the schedule without lists whose multiply-adds are nearest to this share of all."""
 
     def distance(ratio: float) -> float:
-        plan = [step.keep + 1 for step in get("diffrate", ratio=ratio).steps(64, 6) if step is not None]
-        kept = [65] * (6 - len(plan)) + plan
+        kept = [left + 1 for left in DiffRate(ratio=ratio).plan(64, 6)]
         return abs(float(multiply_adds(kept, kept, 48, 65, 6) / multiply_adds((), (), 48, 65, 6)) - share)
 
     return min((percent / 100 for percent in range(50, 101)), key=distance)

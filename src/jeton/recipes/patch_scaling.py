@@ -1,6 +1,9 @@
 """Do smaller patches help on the digits? The same small ViT with patches of 4, 2 and 1 pixels (4, 16 and 64 tokens), three seeds.
 
-PLACEHOLDER
+200 steps of 64 images for each of nine models; 86 s of processor time together on one core. The digits do not follow the
+paper: the mean of the held-out accuracies falls from 0.966 with 4 tokens over 0.793 with 16 to 0.622 with 64, and the study
+says so (slope -0.086 +- 0.035 for each doubling). Pixels say little alone, and so short a training does not teach where they
+stand; the model of `jeton.demo.digits`, with pixels as patches and four times the steps, reaches 0.952.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Token-aware pooling and attention diversification on the digits, beside the same model without, over three seeds.
 
-PLACEHOLDER
+400 steps of 64 images for each of six models; 411 s of processor time together on one core. Of the held-out digits 0.826,
+0.700 and 0.791 come out right without and 0.940, 0.917 and 0.919 with; with salt and pepper on a fifth of the pixels 0.537,
+0.453 and 0.539 against 0.594, 0.617 and 0.612. Neither is trained to the end: at twice the steps the model without reaches
+0.952, so much of the difference is that neighbourhoods are learned sooner.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """Sparsifiner on the digits: each of 64 patches learns to which 17 of 65 tokens it attends, per head and block.
 
-TODO
+220 steps of 64 images in which predictors learn to imitate the frozen model, then 220 in which the model adapts to their masks.
+It took 133 s of processor time on one core, measuring and the comparison included (760 s on a busy machine), and 840 MB. Of the
+held-out digits 0.952 come out right with dense attention, 0.897 under the masks before the model adapts and 0.955 after; under
+masks of the same budget that are drawn once and fixed 0.859 before and 0.947 after as many steps of adapting: 15 digits fewer,
+then 3, which is within the standard error (0.011). With masked pairs left out attention would cost 0.27 of its FLOPs, and
+predictors 0.51 on top: on so short a sequence they do not pay. What runs is dense, 1.09 of the model's FLOPs.
 """
 
 from __future__ import annotations
@@ -15,7 +20,6 @@ from torch import Tensor
 from ..demo.digits import Digits, accuracy, load_digits
 from ..engine import Run, apply, watch
 from ..learned import Shape
-from ..method import get
 from ..ops.distillation import logit_kl, token_mse
 from ..reduce.sparsifiner import Sparsifiner
 from ..tokens import Tokens
@@ -45,8 +49,7 @@ def run(
     out: Path, resume: bool = False, progress: bool = True, imitate: Recipe | None = None, adapt: Recipe | None = None
 ) -> dict[str, Any]:
     digits, teacher = load_digits(), load_digits().model.requires_grad_(False)
-    method = get("sparsifiner", keep=KEEP)
-    assert isinstance(method, Sparsifiner)
+    method = Sparsifiner(keep=KEEP)
 
     def distil(run: Run, pixels: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """The unreduced model's logits and tokens."""
@@ -61,7 +64,10 @@ def run(
     digits.model.requires_grad_(False)
     how: dict[str, Any] = {"resume": resume, "progress": progress}
     first = learn(digits, method, imitate or IMITATE, out / "imitate", **how)
-    results = {"full": measured(digits, None), "imitated": measured(digits, "sparsifiner", keep=KEEP, weights=out / "imitate")}
+    results: dict[str, Any] = {
+        "full": measured(digits, None),
+        "imitated": measured(digits, "sparsifiner", keep=KEEP, weights=out / "imitate"),
+    }
     digits.model.requires_grad_(True)
     second = learn(digits, replace(method, phase="adapt", weights=str(out / "imitate")), adapt or ADAPT, out, more=distil, **how)
     other, random = load_digits(), Fixed(keep=KEEP, phase="adapt")

@@ -203,7 +203,7 @@ class DiffRate(Learned):
         return replace(step, sizes=sizes[:, : step.k])
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
-        lists, plan = self.lists(depth), [n, *self._plan(n, depth)]
+        lists, plan = self.lists(depth), [n, *self.plan(n, depth)]
         steps: list[Method | None] = []
         for block, (before, after) in enumerate(pairwise(plan)):
             kept = None if lists is None else tuple((each[block],) for each in lists)
@@ -213,7 +213,7 @@ class DiffRate(Learned):
         return steps
 
     def promise(self, n: int, depth: int = 12) -> Promise:
-        return Promise(self._plan(n, depth)[-1])
+        return Promise(self.plan(n, depth)[-1])
 
     def _counts(self, n: Size, left: Size | None = None) -> tuple[Size, Size]:
         """How many of n patches stay, and how many of them do not merge, in one block."""
@@ -230,7 +230,7 @@ class DiffRate(Learned):
         share = Fraction(str(self.ratio))
         return max(1, round(n * share))
 
-    def _plan(self, n: int, depth: int) -> list[int]:
+    def plan(self, n: int, depth: int) -> list[int]:
         """Patches after each block."""
         lists = self.lists(depth)
         if lists is None and self.keep is not None:

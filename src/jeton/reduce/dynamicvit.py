@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,9 @@ class DynamicViT(Learned):
 
     def _predicted(self, tokens: Tokens, signals: Signals | None) -> Tensor:
         """(B, N - prefix, 2) log-probabilities to be kept and to be dropped."""
-        predictors = read(signals, "learned", "dynamicvit", "its trained predictors")
-        return predictors[self.stage](tokens.features[:, tokens.prefix :], tokens.seen[:, tokens.prefix :])
+        predictors: Any = read(signals, "learned", "dynamicvit", "its trained predictors")
+        odds: Tensor = predictors[self.stage](tokens.features[:, tokens.prefix :], tokens.seen[:, tokens.prefix :])
+        return odds
 
     def _blocks(self, depth: int) -> list[int]:
         return blocks_of("dynamicvit", self.locations, depth)

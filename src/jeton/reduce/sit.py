@@ -79,10 +79,13 @@ class SiT(Learned):
     def build(self, shape: Shape) -> nn.Module:
         return nn.ModuleList(Slimming(shape.width, slots) for slots in self._slots(shape))
 
-    def resized(self, state: dict[str, Tensor], old: Shape, new: Shape) -> dict[str, Tensor]:
+    def fits(self, trained: Shape, shape: Shape) -> bool:
+        return super().fits(trained, shape) and len(self._blocks(trained.depth)) == len(self._blocks(shape.depth))
+
+    def taken(self, state: dict[str, Tensor], trained: Shape) -> dict[str, Tensor]:
         """The first slots of weights that have more of them than this budget asks for."""
         state = dict(state)
-        for stage, slots in enumerate(self._slots(new)):
+        for stage, slots in enumerate(self._slots(trained)):
             for name in (f"{stage}.slots.weight", f"{stage}.slots.bias"):
                 if name in state:
                     state[name] = state[name][:slots]

@@ -1,0 +1,129 @@
+"""Pixtral's tower alone, in Mistral 3 and in LLaVA."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import LLAVA_PIXTRAL, MISTRAL3
+from PIL import Image
+from references import generated
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from witness import Listening
+
+import jeton
+import tiny
+from jeton.models import adapt
+from jeton.needs import PatchEntropy, ReceivedAttention
+from jeton.ops import pixels
+from patches import check_that_tokens_are_made_of_the_patches_they_name, heard_scores, squares
+from tiny_pixtral import written
+
+SIDES = {MISTRAL3: 2, LLAVA_PIXTRAL: 1}
+GRIDS = [(8, 12), (6, 6), (9, 4), (7, 10)]  # patches of the pictures in tiny's three prompts; two of them odd
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_tokens_are_made_of_the_patches_they_name(name: str) -> None:
+    net = tiny.BUILDERS[name]()
+    check_that_tokens_are_made_of_the_patches_they_name(net, tiny.prompts(net, tiny.samples(net)[1:2]), "o_proj")
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_scores_of_patches_become_scores_of_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, side = tiny.model(name), SIDES[name]
+    scores = torch.rand(sum(height * width for height, width in GRIDS))
+    told = heard_scores(net, tiny.inputs_for(net), scores, monkeypatch)
+    parts = scores.split([height * width for height, width in GRIDS])
+    for mine, part, grid in zip(told, parts, GRIDS, strict=True):
+        assert torch.allclose(mine, squares(part, *grid, side))
+    assert not torch.allclose(told[0], squares(parts[0].view(8, 12).mT.flatten(), 8, 12, side))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_pictures_do_not_look_at_each_other_in_what_methods_hear(attention: str) -> None:
+    """The tower attends to all pictures in one call under a mask."""
+    net = tiny.model(LLAVA_PIXTRAL, attention)
+    listener = Listening("encoder", {"received": ReceivedAttention(layer=-1), "entropy": PatchEntropy()})
+    together = tiny.prompts(net, tiny.samples(net)[1:2])
+    with jeton.apply(net, listener):
+        tiny.run(net, together)
+    both, entropy = listener.heard["received"], listener.heard["entropy"]
+    for number, (height, width) in enumerate([(24, 24), (36, 16)]):
+        own = together["pixel_values"][number : number + 1, :, :height, :width]
+        alone = Listening("encoder", {"received": ReceivedAttention(layer=-1)})
+        ids = tiny.words(3, 1)
+        visual = torch.full((1, height * width // 16), tiny.IMAGE)
+        given = {"input_ids": torch.cat([visual, ids], 1), "pixel_values": own, "image_sizes": torch.tensor([(height, width)])}
+        with jeton.apply(net, alone):
+            tiny.run(net, given)
+        assert torch.allclose(both[number, : visual.shape[1]], alone.heard["received"][0], atol=1e-5)
+        grey = pixels.grey(pixels.cut(own, tiny.PATCH), adapt(net).encoder.pixel_mean, adapt(net).encoder.pixel_std)
+        assert torch.allclose(entropy[number, : visual.shape[1]], pixels.entropy(grey)[0])
+
+
+def test_the_tower_alone_is_seen_and_refused_with_a_way_out() -> None:
+    net = tiny.model("PixtralVisionModel")
+    inputs = tiny.inputs_for(net)
+    view = adapt(net)
+    assert [len(item) for item in view.geometry(inputs)] == [96, 36, 36]
+    assert [len(item) for item in view.geometry({"pixel_values": inputs["pixel_values"]})] == [9 * 12] * 3
+    with pytest.raises(jeton.Unsupported, match="packs all pictures"):
+        jeton.apply(net, "tome")
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("newlines", ["drop", "pool"])
+def test_break_tokens_stay_and_whoever_asks_otherwise_is_told(name: str, newlines: str) -> None:
+    net = tiny.model(name)
+    with pytest.raises(jeton.Unsupported, match="break tokens"):
+        jeton.apply(net, "random", keep=0.5, newlines=newlines)
+    inputs = tiny.inputs_for(net)
+    breaks = int((inputs["input_ids"] == 7).sum())
+    with jeton.apply(net, "visionzip", score="received", keep=4) as run:  # drops newlines where they are the model's own
+        tiny.run(net, inputs)
+        words = run.costs.real.sum() - 4 * len(GRIDS)
+    assert int(words) == int((inputs["attention_mask"].bool() & (inputs["input_ids"] != tiny.IMAGE)).sum()) and breaks
+
+
+def test_break_tokens_are_not_words_of_the_question() -> None:
+    net = tiny.model(MISTRAL3)
+    inputs = tiny.inputs_for(net)
+    with jeton.apply(net, "random", keep=0.5) as run:
+        tiny.run(net, inputs)
+        between = run.layout.between
+    assert torch.equal(between, inputs["input_ids"] == 7)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_what_its_own_processor_writes_is_read(name: str) -> None:
+    """Its part for pixels; the part for text is compared below, where torchvision is there for it."""
+    net, side = tiny.model(name), SIDES[name]
+    made = PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size=tiny.PATCH * side)
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, np.uint8))
+        for i, shape in enumerate([(30, 50, 3), (64, 20, 3)])
+    ]
+    seen = made(images, return_tensors="pt")
+    sizes = [tuple(map(int, size)) for size in seen["image_sizes"]]
+    parts = [written(*(edge // (tiny.PATCH * side) for edge in size)) for size in sizes]
+    ids = torch.cat([parts[0], tiny.words(2, 1)[0], parts[1], tiny.words(4, 2)[0]])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen}
+    inputs["image_sizes"] = torch.tensor(sizes)
+    with jeton.apply(net, "divprune", keep=0.5) as run:
+        generated(net, inputs, max_new_tokens=3)
+        report = run.report()
+    assert [image.before for image in report.images] == [int((part == tiny.IMAGE).sum()) for part in parts]
+    assert [image.after for image in report.images] == [round(image.before / 2) for image in report.images]
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_prompts_here_are_written_as_its_own_processor_writes_them(side: int) -> None:
+    module = pytest.importorskip("transformers.models.pixtral.processing_pixtral", exc_type=ImportError)  # wants torchvision
+    writer = module.PixtralProcessor.__new__(module.PixtralProcessor)
+    writer.patch_size, writer.spatial_merge_size = tiny.PATCH, side
+    writer.image_token, writer.image_break_token, writer.image_end_token = "I", "B", "E"
+    ids = {"I": tiny.IMAGE, "B": 7, "E": tiny.END}
+    told = writer.replace_image_token({"image_sizes": [(24, 40)]}, 0)
+    assert [ids[sign] for sign in told] == written(6 // side, 10 // side).tolist()
