@@ -159,4 +159,4 @@ def test_accuracy_on_digits_rises_with_the_number_of_compressed_tokens(tmp_path)
     """One set of weights, three seeds."""
     pytest.importorskip("sklearn")
     told = recipe.run(tmp_path, progress=False)["accuracy"]
-    assert 0.8 < told["3 x 3"] < told["5 x 5"] < told["7 x 7"], told
+    assert 0.9 < told["3 x 3"] < told["5 x 5"] < told["7 x 7"], told

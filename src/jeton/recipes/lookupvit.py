@@ -1,4 +1,10 @@
-"""A small LookupViT on the digits, trained with 3 x 3, 5 x 5 and 7 x 7 compressed tokens in turn."""
+"""A small LookupViT on the digits, trained with 3 x 3, 5 x 5 and 7 x 7 compressed tokens in turn.
+
+330 steps for each of three seeds took 96 s of processor time on one core, and 650 MB. With 3 x 3, 5 x 5 and 7 x 7 compressed
+tokens the same weights are right on 0.960, 0.962 and 0.966 of the held-out digits, the mean over seeds; single seeds do not all
+rise. A block costs 0.99, 1.74 and 2.97 million multiply-adds, a ViT's on 64 tokens 2.16. Weights begin at 0.1: at the usual 0.02
+so narrow a network stood still for 150 steps, and 440 steps gave 0.773, 0.778 and 0.783.
+"""
 
 from __future__ import annotations
 
