@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LANGUAGE
+from cases import AYA, LANGUAGE
 from references import CLOSE, TIGHT, difference, generated, view_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,18 +115,24 @@ def test_each_way_to_skip_is_the_layer_written_out(skip, attention):
 def test_skipping_a_block_for_all_is_the_model_without_the_layer(name):
     """Prompt and decoding; and the caches of all layers stay aligned."""
     net, deleted = tiny.model(name), tiny.BUILDERS[name]()
-    layers = adapt(deleted).decoder.layers
+    if name == AYA:  # its halves run beside each other
+        with pytest.raises(jeton.Unsupported, match="fastv"):
+            apply(net, only(2, "block", "context")).remove()
+        return
+    layers, config = adapt(deleted).decoder.layers, adapt(deleted).decoder.config
     del layers[2]
     for number, layer in enumerate(layers):
         layer.self_attn.layer_idx = number
-    adapt(deleted).decoder.config.num_hidden_layers = 3
+    config.num_hidden_layers = 3
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2] + config.layer_types[3:]
     inputs = tiny.inputs_for(net)
     with apply(net, only(2, "block", "context")):
         output = generated(net, inputs, max_new_tokens=8)
     reference = generated(deleted, inputs, max_new_tokens=8)
     assert torch.equal(output.sequences, reference.sequences)
     assert difference(torch.stack(output.logits, 1), torch.stack(reference.logits, 1)) < CLOSE
-    assert len({layer.keys.shape[2] for layer in output.past_key_values.layers}) == 1
+    assert len({layer.get_seq_length() for layer in output.past_key_values.layers}) == 1
 
 
 @pytest.mark.parametrize("skip", SKIPS)

@@ -6,7 +6,7 @@ What its processor crops out of an image (pan and scan) it shows as images of th
 
 from __future__ import annotations
 
-from ..layout import Geometry
+from ..layout import Album, Geometry
 from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
 
 
@@ -25,6 +25,5 @@ class Gemma3(VisionLanguage):
         side, step = projector.patches_per_image, projector.kernel_size
         return [Geometry.blocks(side, side, step)] * inputs["pixel_values"].shape[0]
 
-    def between(self, length: int) -> float:
-        weight = self.base.multi_modal_projector.mm_input_projection_weight
-        return 2.0 * self.model.config.mm_tokens_per_image * weight.numel()
+    def between(self, length: int, album: Album) -> float:
+        return 2.0 * sum(album.counts) * self.base.multi_modal_projector.mm_input_projection_weight.numel()
