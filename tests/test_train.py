@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from jeton.train import Recipe, _Order, load, train
@@ -179,3 +180,31 @@ def test_bfloat16_trains_too():
     model = Net()
     history = train(model, Lines(), squared, Recipe(steps=60, rate=0.05, batch=16, precision="bfloat16"), progress=False)
     assert history.last()["squared"] < 0.1 * history.losses["squared"][0] and model.head.weight.dtype == torch.float32
+
+
+def test_a_transformers_model_with_modules_of_its_own_is_read_again(tmp_path):
+    """Families whose checkpoints have other names than their modules, with a module more than their class has."""
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+
+    def made(seed):
+        torch.manual_seed(seed)
+        model = transformers.ViTForImageClassification(config)
+        model.vit.more = torch.nn.Linear(3, 3)
+        return model
+
+    first, second = made(0), made(1)
+    batch = torch.randn(4, 3, 8, 8)
+    train(
+        first,
+        lambda step: batch,
+        lambda m, x: m(x).logits.square().mean(),
+        Recipe(steps=2, rate=1e-2),
+        out=tmp_path,
+        progress=False,
+    )
+    load(second, tmp_path)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    with pytest.raises(ValueError, match="another model"):
+        load(transformers.ViTForImageClassification(config), tmp_path)

@@ -19,11 +19,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Sampler, default_collate
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 WEIGHTS = "model.safetensors"
 
@@ -150,8 +152,23 @@ def train(
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Read the weights that `train` wrote into a model of the same shape."""
-    load_model(model, str(Path(folder) / WEIGHTS))
+    """Read the weights that `train` wrote into a model of the same shape, modules that were put into a transformers model among
+    them, which `from_pretrained` would leave out."""
+    path = str(Path(folder) / WEIGHTS)
+    if not isinstance(model, PreTrainedModel):
+        load_model(model, path)
+        return model
+    own, found = model.state_dict(), load_file(path)
+    # `save_pretrained` writes some families under the names that their checkpoints have
+    written = revert_weight_conversion(model, dict(own))
+    place = {value.data_ptr(): name for name, value in own.items()}
+    names = {name: place.get(value.data_ptr(), name) for name, value in written.items()}
+    state = {names.get(name, name): value for name, value in found.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {name for name, value in own.items() if place[value.data_ptr()] != name}
+    if unexpected or tied.union(missing) != tied:
+        wrong = [*unexpected, *(name for name in missing if name not in tied)]
+        raise ValueError(f"the weights in {folder} are of another model: {wrong[0]} and {len(wrong) - 1} more do not match.")
     return model
 
 

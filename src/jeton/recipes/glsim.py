@@ -17,8 +17,8 @@ from ..heads import GLSimClassifier
 from ..train import Recipe, train
 from ._digits import write
 
-RECIPE = Recipe(steps=500, rate=1.5e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.999))
-SIDE, GLYPH, NOISE = 64, 16, 0.25  # pixels of a picture and of the digit in it, standard deviation of what is around
+RECIPE = Recipe(steps=500, rate=2e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.999))
+SIDE, GLYPH, NOISE = 64, 24, 0.15  # pixels of a picture and of the digit in it, standard deviation of what is around
 
 
 def hidden(split: digits.Split, seed: int) -> digits.Split:
