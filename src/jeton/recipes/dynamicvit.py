@@ -1,11 +1,10 @@
 """DynamicViT on the digits: three predictors learn which of 64 patches may go.
 
-440 steps of 64 images; the model learns at 0.01 of the predictors' rate (the paper also freezes it at first) beside its
-unreduced self. It took 104 s of processor time on one core, measuring included (654 s on a busy machine), and 860 MB. With
-32, 16 and 8 patches left, 0.43 of the FLOPs, 0.940 of the held-out digits come out right (0.942 and 0.947 from other first
-weights), 0.952 with all patches, 0.557 with predictors that are not trained. The class token's attention of the model as it
-is (EViT without a fused token, whose blocks see more patches: 0.47 of the FLOPs) gives 0.947: here it says already what
-predictors learn.
+440 steps of 64 images; the model learns at 0.01 of the predictors' rate (the paper also freezes it at first) beside its unreduced
+self. It took 104 s of processor time on one core, measuring included (654 s on a busy machine), and 860 MB. With 32, 16 and 8
+patches left, 0.43 of the FLOPs, 0.940 of the held-out digits come out right (0.942 and 0.947 from other first weights), 0.952
+with all patches, 0.557 with predictors that are not trained. The class token's attention of the model as it is (EViT without a
+fused token, whose blocks see more patches: 0.47 of the FLOPs) gives 0.947: here it says already what predictors learn.
 """
 
 from __future__ import annotations
