@@ -164,9 +164,9 @@ class RuleSite:
 
 
 def _plain(part: nn.Module) -> bool:
-    """A linear layer whose weights are numbers that are here."""
-    offloaded = hasattr(part, "_hf_hook") and part.weight.is_meta  # by accelerate
-    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not offloaded
+    """A linear layer whose weights are numbers that are here; those of a model without any weights would be."""
+    elsewhere = hasattr(part, "_hf_hook") and part.weight.is_meta  # accelerate brings them when the layer runs
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not elsewhere
 
 
 class Core:
