@@ -40,6 +40,7 @@ def row(
     signals = {"attention": attention[0], "early": attention[1], "late": attention[2], "keys": keys, "values": keys + 1}
     signals["variance"] = torch.rand(batch, N, generator=generator).to(device)
     signals["similarity"] = attention[1][:, :1]
+    signals["likeness"] = attention[1].mean(1)
     for name in ROWS_OF_ATTENTION:
         signals.setdefault(name, torch.rand(batch, 4, N, generator=generator).to(device))
     signals["neurons"] = (torch.rand(batch, N, 24, generator=generator) > 0.5).to(device)
