@@ -55,8 +55,11 @@ class Costs:
             self.note = "the prompt shows no picture, so there was nothing to reduce; the model ran unchanged"
 
     def count(self, site: str, method: Method, tokens: Tokens, reduction: Reduction) -> None:
-        entry = self.sites.setdefault((site, method.card.id), [tokens, reduction])
-        entry[1] = reduction
+        if (site, method.card.id) in self.sites:
+            self.sites[site, method.card.id][1] = reduction
+        else:  # only how many there were, and how wide, is asked for: the features themselves are not held
+            bare = Tokens(tokens.features.new_empty(1).expand(tokens.features.shape), tokens.mask, prefix=tokens.prefix)
+            self.sites[site, method.card.id] = [bare, reduction]
 
     def enter(self, arrived: int, new: int, mask: Tensor | None) -> None:
         """`new` tokens per prompt came to the language model's door and `arrived` went in."""

@@ -302,12 +302,10 @@ class EncoderSite:
             x = self._step(number, "before", hidden_states, look)
             around = self._around(number, x)
             listener = self.listeners[number]
-            with listener.ahead(parts.attention):
-                mixed = self._half("attention", around, parts.norm1(x), attend, listener)
-            x = parts.add(x, parts.drop1(parts.scale1(mixed)))
+            with listener.ahead(parts.attention):  # no name for what a half gives: it would be held until the block is through
+                x = parts.add(x, parts.drop1(parts.scale1(self._half("attention", around, parts.norm1(x), attend, listener))))
             x = self._step(number, "middle", x)
-            done = self._half("mlp", around, parts.norm2(x), parts.mlp, listener)
-            x = parts.add(x, parts.drop2(parts.scale2(done)))
+            x = parts.add(x, parts.drop2(parts.scale2(self._half("mlp", around, parts.norm2(x), parts.mlp, listener))))
             self.lengths.append((self.seen_by["attention"], self.seen_by["mlp"]))
             x = self._step(number, "after", x)
             return self._conclude(x) if number == self.depth - 1 else x
