@@ -37,7 +37,9 @@ class ELViT(Method):
     `keep` sets h · w: the largest grid of the map's shape within it. Published for SAM: 100 clusters for each window of 14 x 14,
     behind 6 of 32 blocks, which share `after` takes by default. Windows of an encoder are not looked at: the whole map is one.
     `until` None: the last block in use. All tokens are there at the end. tau goes with the squared distances of an encoder's
-    features: 0.01 suits those of SAM; where they are narrower or smaller, clusters stay apart with a larger one.
+    features: 0.01 suits those of SAM; where they are narrower or smaller, clusters stay apart with a larger one. With 0.01 the
+    small models here lose nearly everything (0.456 of the digits and 0.143 of the embedded model's questions), with 1.0 the
+    digits model gets 0.950 on half of the clusters.
     """
 
     site = "block"

@@ -27,6 +27,9 @@ class GLSim(Method):
     negated: 3 N D multiply-adds and no attention. The K highest stay, in their spatial order. The paper cuts the picture to the
     box around them and looks again: see `jeton.heads.GLSimClassifier`, which is what it trains. `per` "crop" gives every crop
     and the thumbnail its own K.
+
+    It wants a class token that was trained to stand for the picture. That of the embedded model, whose answers come from its
+    patches, says nothing: 0.655 of 600 questions at 25 % against 0.658 for patches drawn at random.
     """
 
     site = "encoder"
