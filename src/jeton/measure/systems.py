@@ -50,6 +50,10 @@ _SIGNALS = {
     "Neurons": "which MLP neurons each token activates",
     "Trained": "modules of its own, trained",
     "NeuronCounts": "how many tokens activate each MLP neuron",
+    "TextSimilarity": "the similarity of features to questions",
+    "PageRank": "PageRank over the attention visual tokens pay each other",
+    "PairedText": "the text of each image",
+    "PromptNumber": "which images share a prompt",
 }
 
 
