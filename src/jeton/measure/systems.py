@@ -51,7 +51,7 @@ _SIGNALS = {
     "Trained": "modules of its own, trained",
     "NeuronCounts": "how many tokens activate each MLP neuron",
     "TextSimilarity": "the similarity of features to questions",
-    "PageRank": "PageRank over the attention visual tokens pay each other",
+    "PageRank": "PageRank over the attention of the prompt",
     "PairedText": "the text of each image",
     "PromptNumber": "which images share a prompt",
 }
