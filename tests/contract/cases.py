@@ -126,7 +126,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 # methods that find out from every picture how much of it to compute and take no budget: fields with which all of it is, and less
-ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"a-vit": ({"beta": 1e3}, {"beta": 2.0})}
+ADAPTIVE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"a-vit": ({"beta": 1e6}, {"beta": 2.0})}
 
 
 def made(name: str, **fields: Any) -> Method:

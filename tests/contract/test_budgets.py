@@ -12,6 +12,7 @@ from cases import (
     LANGUAGE,
     LANGUAGE_CASES,
     LLAVA_NEXT,
+    MISTRAL3,
     NEXT_VIDEO,
     Case,
     budgeted,
@@ -231,8 +232,8 @@ def test_reported_flops_are_those_that_ran(case: Case) -> None:
     assert report.flops_full == full
     assert _counted(whole) == pytest.approx(full, rel=1e-6)
     assert _counted(less) == pytest.approx(report.flops - outside, rel=2e-3)
-    # in NeXT-Video's batch and Aya's visual tokens are a smaller part of the padded prompts
-    assert report.flops < (0.98 if case.model in (NEXT_VIDEO, AYA) else 0.95) * full
+    # in these families' batches visual tokens are a smaller part of the padded prompts
+    assert report.flops < (0.98 if case.model in (NEXT_VIDEO, AYA, MISTRAL3) else 0.95) * full
 
 
 class Unasking(Replay):

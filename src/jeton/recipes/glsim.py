@@ -1,6 +1,10 @@
 """GLSim's two views on small digits in noise, beside the same encoder with one, over three seeds.
 
-PLACEHOLDER
+500 steps of 64 pictures teach an encoder, 250 more go on with one view or with two: 419 s of processor time for all nine runs
+on one core. Of 397 held-out digits, one in each picture of 64 x 64 pixels, 0.945, 0.935 and 0.955 come out right with one
+view and 0.947, 0.937 and 0.955 with two: 0.1 points better on the mean, never worse, and far within the noise of so few
+digits. The encoder to start from had 0.945, 0.914 and 0.940. What is most like the class token spreads over much of the
+picture here (boxes of 46 pixels on average where the digit has 16, in one run looked at).
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ class AViT(Learned):
 
     def finish(self, tokens: Tokens) -> Tokens:
         assert tokens.memory is not None
-        return Tokens(tokens.memory.to(tokens.features.dtype), prefix=tokens.prefix)
+        # laid out in memory as the last block's output is: what comes behind may sum in another order otherwise
+        return Tokens(torch.empty_like(tokens.features).copy_(tokens.memory), prefix=tokens.prefix)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         return [replace(self, last=block == depth - 1) for block in range(depth)]

@@ -29,9 +29,9 @@ from ._common import quota
 class ToMeSD(Method):
     """In every block, merge tokens for attention alone: x <- x + unmerge(attention(merge(norm(x)))).
 
-    Of every full cell of `stride` x `stride` patches one receives, drawn by `seed` and block, the same for all pictures (the
-    top left one if not `random`); all others send. S = cos of the block's input (B, N, D); each sender goes to its best receiver,
-    and the n - keep best pairs merge into their plain mean, sizes playing no part. Behind the half each token gets what its
+    Of every full cell of `stride` x `stride` patches, of every frame, one receives, drawn by `seed` and block, the same for all
+    pictures (the top left one if not `random`); all others send. S = cos of the block's input (B, N, D); each sender goes to its
+    best receiver, and the n - keep best pairs merge into their plain mean, sizes playing no part. Behind the half each token gets what its
     group has. Patches at borders that do not fill a cell send. `keep` is what attention sees of the patches; no fewer than the
     receivers (a quarter of them at stride 2). All tokens are there at the end.
 
@@ -66,7 +66,7 @@ class ToMeSD(Method):
         if keep == n - prefix and tokens.mask is None:
             return Reduction.identity(b, n, tokens.device, prefix)
         receives = self._receivers(tokens)
-        most = min(n, (place.sides[0] // self.stride) * (place.sides[1] // self.stride))
+        most = min(n, place.units * (place.sides[0] // self.stride) * (place.sides[1] // self.stride))
         # receivers first; where a row has fewer than the largest grid, what follows them is shut
         slots = (~receives).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
         unit = normalise(tokens.features.detach())
@@ -81,7 +81,7 @@ class ToMeSD(Method):
             cells = (
                 ((place.height // self.stride) * (place.width // self.stride)).masked_fill(~tokens.real, 0).amax(1, keepdim=True)
             )
-            r = (real - torch.maximum(quota(signals, self.keep, real), cells)).clamp(min=0)
+            r = (real - torch.maximum(quota(signals, self.keep, real), place.units * cells)).clamp(min=0)
         here = torch.arange(n, device=tokens.device)
         goes = (rank(edge) < r) & (edge > -torch.inf)
         into = torch.where(goes, slots.gather(1, partner), here)
