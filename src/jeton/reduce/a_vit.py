@@ -85,8 +85,10 @@ class AViT(Learned):
 
     def finish(self, tokens: Tokens) -> Tokens:
         assert tokens.memory is not None
-        # laid out in memory as the last block's output is: what comes behind may sum in another order otherwise
-        return Tokens(torch.empty_like(tokens.features).copy_(tokens.memory), prefix=tokens.prefix)
+        mixed = tokens.memory.to(tokens.features.dtype)
+        if not tokens.features.is_contiguous() and tokens.features.mT.is_contiguous():
+            mixed = mixed.mT.contiguous().mT  # as the last block lays it out: what comes behind sums in the order of the memory
+        return Tokens(mixed, prefix=tokens.prefix)
 
     def steps(self, n: int, depth: int) -> list[Method | None]:
         return [replace(self, last=block == depth - 1) for block in range(depth)]
