@@ -29,11 +29,11 @@ from ._common import quota
 class ToMeSD(Method):
     """In every block, merge tokens for attention alone: x <- x + unmerge(attention(merge(norm(x)))).
 
-    Of every full cell of `stride` x `stride` patches, of every frame, one receives, drawn by `seed` and block, the same for all
-    pictures (the top left one if not `random`); all others send. S = cos of the block's input (B, N, D); each sender goes to its
-    best receiver, and the n - keep best pairs merge into their plain mean, sizes playing no part. Behind the half each token gets
-    what its group has. Patches at borders that do not fill a cell send. `keep` is what attention sees of the patches; no fewer than the
-    receivers (a quarter of them at stride 2). All tokens are there at the end.
+    Of every full cell of `stride` x `stride` patches, of every frame, one receives, drawn by `seed` and block, the same for
+    all pictures (the top left one if not `random`); all others send. S = cos of the block's input (B, N, D); each sender goes
+    to its best receiver, and the n - keep best pairs merge into their plain mean, sizes playing no part. Behind the half each
+    token gets what its group has. Patches at borders that do not fill a cell send. `keep` is what attention sees of the
+    patches; no fewer than the receivers (a quarter of them at stride 2). All tokens are there at the end.
 
     `around` may name "mlp" too, with the same groups. `blocks` None: all. In diffusers' models the same is done by
     `jeton.engine.around` where they attend to themselves.
