@@ -39,7 +39,7 @@ def test_salt_and_pepper_hits_its_share():
 
 
 def test_registers(tmp_path):
-    found = ph_reg.run(tmp_path, progress=False, recipe=short(ph_reg))
+    found = ph_reg.run(tmp_path, progress=False, recipe=short(ph_reg), most=40)
     assert found["cosine with denoised"]["denoised"] == pytest.approx(1.0, abs=1e-3)
     assert 0.5 < found["cosine with denoised"]["student"] < 1
 

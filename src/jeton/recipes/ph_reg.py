@@ -38,22 +38,25 @@ def probed(learned: Tensor, labels: Tensor, unseen: Tensor, truth: Tensor) -> fl
     return ((y @ weights).argmax(1) == truth).float().mean().item()
 
 
-def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE) -> dict[str, Any]:
+def run(
+    out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, most: int | None = None
+) -> dict[str, Any]:
+    """See above; `most`: how many pictures of each kind are measured, None for all."""
     found = digits.load_digits()
     teacher = found.model.vit
     made = student(teacher, REGISTERS, torch.Generator().manual_seed(0))
     loss = PHReg(teacher, fill=(-1.0,))
     told = train(made, found.train, loss, recipe, out=out, resume=resume, progress=progress, name="ph-reg")
-    target = [PHReg(teacher, fill=(-1.0,), seed=1).target(split.pixels) for split in (found.train, found.test)]
+    target = [PHReg(teacher, fill=(-1.0,), seed=1).target(split.pixels[:most]) for split in (found.train, found.test)]
     seen = {"denoised": target}
     seen |= {
-        name: [features(model, split.pixels) for split in (found.train, found.test)]
+        name: [features(model, split.pixels[:most]) for split in (found.train, found.test)]
         for name, model in (("teacher", teacher), ("student", made))
     }
     measured: dict[str, Any] = {"seconds": round(told.seconds), "cosine with denoised": {}, "probe": {}}
     for name, (learned, unseen) in seen.items():
         measured["cosine with denoised"][name] = round(F.cosine_similarity(unseen, target[1], dim=-1).mean().item(), 4)
-        measured["probe"][name] = round(probed(learned, found.train.labels, unseen, found.test.labels), 4)
+        measured["probe"][name] = round(probed(learned, found.train.labels[:most], unseen, found.test.labels[:most]), 4)
     measured["loss"] = {
         part: [round(value, 4) for value in values[:: max(1, len(values) // 10)]] for part, values in told.losses.items()
     }
