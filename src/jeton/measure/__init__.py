@@ -1,4 +1,5 @@
 """What a reduction costs and what it keeps: data, accuracy, time, comparison, report and pictures; and systems that measure
-tokens or models: `lastde` tells machine-written text, `reagent` what a prediction rests on."""
+tokens or models: `lastde` tells machine-written text, `reagent` what a prediction rests on; `patch-scaling` asks whether
+smaller patches help."""
 
-SYSTEMS = ("lastde", "reagent")
+SYSTEMS = ("lastde", "patch_scaling", "reagent")
