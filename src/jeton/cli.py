@@ -69,7 +69,9 @@ def _main(
     """Fewer tokens in multimodal transformers: apply a method, compare methods, see what was kept."""
     from transformers.utils import logging as hf
 
-    logging.basicConfig(format="jeton: %(message)s", level=logging.WARNING)
+    heard = logging.StreamHandler()  # what jeton has to say stands under its name; libraries speak for themselves
+    heard.setFormatter(logging.Formatter("jeton: %(message)s"))
+    logging.getLogger("jeton").handlers[:] = [heard]
     hf.disable_progress_bar()
     hf.set_verbosity_error()
 
@@ -216,7 +218,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder for weights and results; default: trained/SYSTEM.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
 ) -> None:
-    """Train a system by its recipe. Needs jeton[train,demo].
+    """Train a system by its recipe. Needs jeton\\[train,demo].
 
     [cyan]jeton train m3 --out trained/m3[/]
     """

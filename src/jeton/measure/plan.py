@@ -48,8 +48,9 @@ def budget(keep: int | float | None) -> str:
 
 
 def comparable() -> list[Card]:
-    """The registered methods that reduce visual tokens and need no training, controls first."""
-    cards = [card for card in reducers() if card.training_free]
+    """The registered methods that leave fewer visual tokens and need no training, controls first. Those that give all tokens back
+    (`restores`) have no place on a scale of tokens kept; they are compared when named."""
+    cards = [card for card in reducers() if card.training_free and not card.object.restores]
     return sorted(cards, key=lambda card: CONTROLS.index(card.id) if card.id in CONTROLS else len(CONTROLS))
 
 
