@@ -6,6 +6,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says when it starts and stops; read when torch is loaded
 
 import torch
 from rich.console import Console

@@ -3,6 +3,7 @@
     python benchmarks/prefill.py                                             # LLaVA of Qwen2-0.5B with CLIP-L/14-336, on the CPU
     python benchmarks/prefill.py --shape llava-1.5-7b --device cuda --dtype bfloat16 --batch 1 4 8 32
     python benchmarks/prefill.py --method fastv divprune --keep 64 --batch 1 --rounds 3
+    python benchmarks/prefill.py --memory --keep 64 --batch 1                # peak memory alone, which needs no rounds
 
 Random weights from the models' configurations; nothing is downloaded. The unmodified model runs its fast attention (SDPA).
 Stages: the encoder (with the signals it gives), selection (scoring and choosing, wherever it happens), prefill (the language
@@ -16,6 +17,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -159,6 +161,18 @@ class Row:
     memory: int
 
 
+@dataclass(frozen=True)
+class Peak:
+    """Bytes beyond the model and its inputs that tensors take at most until the first token."""
+
+    shape: str
+    batch: int
+    method: str
+    keep: int | float
+    memory_full: int
+    memory: int
+
+
 class Bench:
     """One model and one batch of prompts, measured under one method after the other."""
 
@@ -198,8 +212,6 @@ class Bench:
                 return self.once(run, less_stages)
 
         whole, less = interleave(full, reduced, self.rounds)
-        with watch(self.net):
-            memory_full = peak_memory(lambda: self.generate(1), self.device)
         with apply(self.net, method) as run:
             memory = peak_memory(lambda: self.generate(1), self.device)
             report = run.report()
@@ -223,9 +235,22 @@ class Bench:
             selection=stages["selection"].median / Spread.of(whole).median,
             stages_full={name: Spread.of(values[1:]) for name, values in whole_stages.items()},
             stages=stages,
-            memory_full=memory_full,
+            memory_full=self.memory_full,
             memory=memory,
         )
+
+    @cached_property
+    def memory_full(self) -> int:
+        with watch(self.net):
+            self.generate(1)  # what a first call alone allocates is not its model's
+            return peak_memory(lambda: self.generate(1), self.device)
+
+    def peak(self, method: Method, keep: int | float) -> Peak:
+        with apply(self.net, method):
+            self.generate(1)
+            memory = peak_memory(lambda: self.generate(1), self.device)
+        batch = self.inputs["input_ids"].shape[0]
+        return Peak(self.shape, batch, method.spec, keep, self.memory_full, memory)
 
 
 # -- showing -------------------------------------------------------------------------------------------------------------
@@ -258,6 +283,12 @@ def line(row: Row) -> list[str]:
     ]
 
 
+def peaks(title: str, rows: list[Peak]) -> None:
+    full = rows[0].memory_full
+    lines = [[row.method, megabytes(row.memory), f"{row.memory / full:.2f}"] for row in rows]
+    table(title, ("method", "peak MB", "of the full model's"), [["full", megabytes(full), "1.00"], *lines])
+
+
 def unreduced(rows: list[Row]) -> list[str]:
     """The full model's line, from the first row measured beside it."""
     row = rows[0]
@@ -282,24 +313,29 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=budget, default=[0.5, 0.25, 0.1])
     parser.add_argument("--method", nargs="+", help="ids or specs; all if not given")
     parser.add_argument("--text", type=int, default=64, help="text tokens in a prompt")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory alone")
     parser.add_argument("--answer", type=int, default=9, help="tokens generated to time decoding")
     options(parser, rounds=5)
     asked = parser.parse_args()
     device, dtype = torch.device(asked.device), getattr(torch, asked.dtype)
-    rows: list[Row] = []
+    rows: list[Any] = []
     for shape in asked.shape:
         net = built(SHAPES[shape], device, dtype)
         names = [card.id for card in reducers() if card.training_free] if asked.method is None else asked.method
         chosen = [(method, keep) for name in names for keep in asked.keep if works(net, method := jeton.get(name, keep=keep))]
         for batch in asked.batch:
             bench = Bench(shape, net, prompt(net, batch, asked.text, device, dtype), asked.answer, asked.rounds)
-            here = [bench.measure(method, keep) for method, keep in chosen]
-            if here:
-                title = f"{shape}, batch {batch}, {asked.text} text tokens, {asked.dtype} on {device}"
+            title = f"{shape}, batch {batch}, {asked.text} text tokens, {asked.dtype} on {device}"
+            if asked.memory:
+                here: list[Any] = [bench.peak(method, keep) for method, keep in chosen]
+                peaks(title, here)
+            elif here := [bench.measure(method, keep) for method, keep in chosen]:
                 table(title, COLUMNS, [unreduced(here), *map(line, here)])
             rows += here
     settings = {"dtype": asked.dtype, "rounds": asked.rounds, "text": asked.text, "answer": asked.answer, "attention": "sdpa"}
-    name = "prefill" if len(asked.shape) > 1 else f"prefill-{asked.shape[0]}"
+    name = "prefill-memory" if asked.memory else "prefill"
+    if len(asked.shape) == 1:
+        name = f"{name}-{asked.shape[0]}"
     print(write(name, device, settings, rows, asked.out))
 
 
