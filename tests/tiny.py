@@ -570,3 +570,4 @@ import tiny_internvl  # noqa: E402, F401
 import tiny_ovis2  # noqa: E402, F401
 import tiny_pixtral  # noqa: E402, F401
 import tiny_qwen3_vl  # noqa: E402, F401
+import tiny_vit_msn  # noqa: E402, F401

@@ -90,6 +90,7 @@ SISTERS = {
     "DINOv3ViTModel": "Dinov2WithRegistersModel",
     "Aimv2VisionModel": "SiglipVisionModel",
     "ViTMAEModel": "ViTModel",
+    "ViTMSNModel": "ViTModel",
     "BeitModel": "ViTModel",
     "IJepaModel": "SiglipVisionModel",
     "VideoMAEModel": "SiglipVisionModel",

@@ -13,7 +13,7 @@ from jeton.engine import apply
 from jeton.needs import ClassAttention, Keys, LastAttention, Need, ReceivedAttention
 
 WITH_CLASS = ["CLIPVisionModel", "ViTModel", "DeiTModel", "Dinov2Model", "Dinov2WithRegistersModel"]
-WITH_CLASS += ["DINOv3ViTModel", "ViTMAEModel", "BeitModel"]
+WITH_CLASS += ["DINOv3ViTModel", "ViTMAEModel", "ViTMSNModel", "BeitModel"]
 WITHOUT = ["SiglipVisionModel", "Aimv2VisionModel", "IJepaModel", "VideoMAEModel"]
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 

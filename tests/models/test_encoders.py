@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from jeton.method import Method, get
 from jeton.models import Encoder, adapt
 from jeton.tokens import Reduction, Tokens
 from tiny_aimv2 import tiny_aimv2
+from tiny_vit_msn import tiny_vit_msn
 
 BLOCK, KEPT = 2, 17
 timm_is_here = pytest.mark.skipif(not with_timm.has_timm(), reason="timm or torchvision is not installed")
@@ -29,6 +31,7 @@ timm_is_here = pytest.mark.skipif(not with_timm.has_timm(), reason="timm or torc
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     **{name: make for name, make in tiny_encoders.BUILDERS.items() if name != "VisionTransformerDistilled"},
     "Aimv2VisionModel": tiny_aimv2,
+    "ViTMSNModel": tiny_vit_msn,
     "BeitModel-shared": lambda: tiny_encoders.tiny_beit(
         use_relative_position_bias=False, use_shared_relative_position_bias=True, use_absolute_position_embeddings=True
     ),
@@ -86,7 +89,7 @@ def sized(net: nn.Module, wide: bool) -> tiny.Inputs:
     if not view.resizable:
         pytest.skip("takes one size only")
     inputs = {view.argument: torch.randn(3, 3, 5 * tiny.PATCH, 9 * tiny.PATCH)}
-    if type(net).__name__ in ("IJepaModel", "ViTMAEModel"):
+    if "interpolate_pos_encoding" in signature(net.forward).parameters:
         inputs["interpolate_pos_encoding"] = True
     return {**inputs, "noise": torch.arange(45.0).expand(3, -1)} if type(net).__name__ == "ViTMAEModel" else inputs
 
