@@ -230,7 +230,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
@@ -562,6 +562,7 @@ def result(output: Any) -> Tensor:
 
 import tiny_aimv2  # noqa: E402, F401 - families in files of their own join the tables above
 import tiny_aya  # noqa: E402, F401
+import tiny_cohere2  # noqa: E402, F401
 import tiny_encoders  # noqa: E402, F401
 import tiny_gemmas  # noqa: E402, F401
 import tiny_glm4v  # noqa: E402, F401

@@ -15,14 +15,17 @@ TILE, TOKENS = 8 * tiny.PATCH, 16
 MARKS = (tiny.START, tiny.END, 7, 8)  # begin and end of an image, a tile, the thumbnail
 
 
-def tiny_aya_vision(window: int = WINDOW) -> nn.Module:
+def tiny_cohere2(window: int = WINDOW) -> transformers.Cohere2Config:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
-    text = transformers.Cohere2Config(
+    return transformers.Cohere2Config(
         **tiny._text(), max_position_embeddings=1024, pad_token_id=tiny.PAD, sliding_window=window, layer_types=kinds
     )
+
+
+def tiny_aya_vision(window: int = WINDOW) -> nn.Module:
     config = transformers.AyaVisionConfig(
         vision_config=transformers.SiglipVisionConfig(**tiny.vision(vision_use_head=False, image_size=TILE)).to_dict(),
-        text_config=text.to_dict(),
+        text_config=tiny_cohere2(window).to_dict(),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         downsample_factor=2,

@@ -43,11 +43,12 @@ LANGUAGE = [
     "LlavaForConditionalGeneration-pixtral",
     "Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
 ]
 LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN2, QWEN, BRIDGED = LANGUAGE[:8]
 INTERNVL, QWEN3, GLM4V, OVIS2 = LANGUAGE[8:12]
 PALIGEMMA, PALIGEMMA2, GEMMA3, AYA, BRIDGED_NEXT = LANGUAGE[12:17]
-MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM = LANGUAGE[17:]
+MISTRAL3, LLAVA_PIXTRAL, IDEFICS3, SMOLVLM, COHERE2 = LANGUAGE[17:]
 AT_ONCE = (PALIGEMMA, PALIGEMMA2)  # all of a prompt sees all of it, so that a second turn is not the rest of a longer first one
 IDS_ONLY = (PALIGEMMA, PALIGEMMA2, GEMMA3)  # `generate` takes no embeddings
 
@@ -74,6 +75,8 @@ SISTERS = {
     "PaliGemmaModel": "LlavaModel",
     "Gemma3Model": "Qwen2_5_VLModel",
     "AyaVisionModel": "Qwen2_5_VLModel",
+    COHERE2: AYA,
+    "Cohere2VisionModel": "AyaVisionModel",
     MISTRAL3: QWEN,
     LLAVA_PIXTRAL: LLAVA_SIGLIP,
     IDEFICS3: ONEVISION,
@@ -164,7 +167,7 @@ def variants() -> Iterable[tuple[str, tuple[tuple[str, Any], ...]]]:
             yield card.id, (("unmerge", False),)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
 def view(model: str) -> Encoder | VisionLanguage:
     return adapt(tiny.model(model))
 
@@ -224,6 +227,7 @@ INNER = (
     "Mistral3Model",
     "Idefics3Model",
     "SmolVLMModel",
+    "Cohere2VisionModel",
     "CLIPVisionModelWithProjection",
     "VisionTransformerDistilled",
 )
