@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -230,7 +230,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def model(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The tiny model of this name. It is shared between tests: whoever changes it must put it back."""
     made = BUILDERS[name]()
@@ -285,7 +285,7 @@ def samples(net: nn.Module) -> list[Sample]:
 def family(net: nn.Module) -> str:
     if getattr(getattr(net.config, "vision_config", net.config), "model_type", "") == "pixtral":
         return "pixtral"
-    kind = net.config.model_type.removeprefix("jeton_").removesuffix("_vision")
+    kind = net.config.model_type.removeprefix("jeton_")
     return "qwen2" if kind.startswith("qwen2") else kind
 
 

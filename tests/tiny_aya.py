@@ -53,6 +53,6 @@ tiny.BUILDERS |= {
     "AyaVisionForConditionalGeneration": tiny_aya_vision,
     "AyaVisionModel": lambda: tiny_aya_vision().model,
 }
-tiny.SHAPES["aya"] = [((2,),), ((1,), (2,)), ((1,),)]
-tiny.PICTURES["aya"] = _pictures
-tiny.TILE["aya"] = (1,)
+tiny.SHAPES["aya_vision"] = [((2,),), ((1,), (2,)), ((1,),)]
+tiny.PICTURES["aya_vision"] = _pictures
+tiny.TILE["aya_vision"] = (1,)

@@ -43,6 +43,6 @@ tiny.BUILDERS |= {
     "Cohere2VisionForConditionalGeneration": tiny_cohere2_vision,
     "Cohere2VisionModel": lambda: tiny_cohere2_vision().model,
 }
-tiny.SHAPES["cohere2"] = [((2,),), ((1,), (2,)), ((1,),)]
-tiny.PICTURES["cohere2"] = _pictures
-tiny.TILE["cohere2"] = (1,)
+tiny.SHAPES["cohere2_vision"] = [((2,),), ((1,), (2,)), ((1,),)]
+tiny.PICTURES["cohere2_vision"] = _pictures
+tiny.TILE["cohere2_vision"] = (1,)

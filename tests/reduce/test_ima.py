@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import AYA, LANGUAGE
+from cases import BESIDE, LANGUAGE
 from references import CLOSE, TIGHT, difference, generated, view_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -115,7 +115,7 @@ def test_each_way_to_skip_is_the_layer_written_out(skip, attention):
 def test_skipping_a_block_for_all_is_the_model_without_the_layer(name):
     """Prompt and decoding; and the caches of all layers stay aligned."""
     net, deleted = tiny.model(name), tiny.BUILDERS[name]()
-    if name == AYA:  # its halves run beside each other
+    if name in BESIDE:
         with pytest.raises(jeton.Unsupported, match="fastv"):
             apply(net, only(2, "block", "context")).remove()
         return
