@@ -23,6 +23,7 @@ class AyaVision(Llava):
     # the default tower has a width that its heads do not divide
     example: ClassVar = {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}}
     mixes = True
+    marks = "the names of its tiles"
     told_by_prompt = True
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
