@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COHERE2
+from cases import AYA, COHERE2
 from references import CLOSE, difference, generated, recomputed
 from transformers import Cohere2VisionProcessor
 from witness import spied
@@ -57,3 +57,9 @@ def test_what_its_processor_writes_is_read_and_decoded_as_recomputed() -> None:
 def test_halves_beside_each_other_cannot_be_told_apart() -> None:
     with pytest.raises(jeton.Unsupported, match=r"Cohere2DecoderLayer.*fastv"):
         apply(tiny.model(COHERE2), "ima").remove()
+
+
+@pytest.mark.parametrize(("name", "said"), [(COHERE2, "line breaks"), (AYA, "names of its tiles")])
+def test_what_stands_between_tiles_is_text_not_newlines(name: str, said: str) -> None:
+    with pytest.raises(jeton.Unsupported, match=said):
+        apply(tiny.model(name), "divprune", keep=0.5, newlines="drop").remove()
