@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import jeton
 import tiny
-from jeton.engine.encoder import _Ahead
+from jeton.engine.listening import Ahead
 from jeton.method import get
 from jeton.ops import attention
 from jeton.tokens import Tokens
@@ -106,7 +106,7 @@ def test_counts_and_limits():
 
 def ahead(x, step, value, size=None):
     """The attention of fused tokens with the map of the others, as the engine computes it."""
-    held = _Ahead()
+    held = Ahead()
     heads = x[:, None].expand(-1, 2, -1, -1)
     held.query, held.key, held.reduction = heads, heads, step
     held.mask = None if size is None else attention.bias(size)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,32 +22,24 @@ from ..models import Encoder
 from ..needs import (
     IN_ENCODER,
     OF_OUTPUT,
-    AnchorAttention,
-    ClassAttention,
-    ClassLikeness,
-    ClassSimilarity,
-    Keys,
-    MeanAttention,
     Need,
     PatchEntropy,
     PixelVariance,
-    ReceivedAttention,
-    TextSimilarity,
     Trained,
-    Values,
 )
-from ..ops import attention, pixels, similarity
-from ..ops.policy import policy_softmax
+from ..ops import pixels
 from ..place import Place
-from ..tokens import Reduction, Tokens, gather
+from ..tokens import Reduction, Tokens
 from .aside import aside, stand_in
-from .tap import Attention, Listener, add_bias
+from .listening import BlockListener, ProbeListener
+from .readings import of_output, restored, spread, tokens_last
+from .standing import Standing
 
 if TYPE_CHECKING:
     from .run import Run
 
 
-class EncoderSite:
+class EncoderSite(Standing):
     """One encoder under a run. `depth`: how many of its blocks feed what is handed on. `only`: the patches a packed encoder is to
     run on, None for all."""
 
@@ -60,7 +51,7 @@ class EncoderSite:
         if not encoder.packed:  # patches leave in front of block 0; those of a packed encoder have left before it runs
             self.stepped = droppers + self.stepped
         self.only: Tensor | None = None
-        self.listeners: dict[int, _Listener] = {}
+        self.listeners: dict[int, BlockListener] = {}
         self._names = list(inspect.signature(encoder.entrance.forward).parameters)
         self.keep_special = any(m.prefix_tokens for m in methods)
         self._plans: dict[int, list[tuple[Method, list[Method | None]]]] = {}
@@ -85,31 +76,18 @@ class EncoderSite:
         return block
 
     def clear(self) -> None:
+        self.anew()
         self.inputs: dict[str, Any] = {}
-        self.reduction: Reduction | None = None
-        self.size: Tensor | None = None
-        self.order: Tensor | None = None
-        self.score: Tensor | None = None
-        self.memory: Tensor | None = None
-        self.policy: Tensor | None = None
         self.softened: list[Tokens] = []
         self.imitated: list[Tensor] = []
-        self.mask: Tensor | None = None
-        self.place: Place | None = None
         self.special: Tensor | None = None
         self.last: Tensor | None = None
         self.lengths: list[tuple[int, int]] = []
         self.patches = self.pictures = 0
         self.counts: list[int] = []
-        self.start_mask: Tensor | None = None
         self.bare_place: Place | None = None
-        self.history: list[tuple[int, Reduction]] = []
-        self.undone_at: dict[int, int] = {}  # steps of the history that were undone, and behind which block
-        self.held: dict[int, tuple[int, dict[str, Any]]] = {}
         self.seen_by: dict[str, int] = {}
         self.looked: dict[int, tuple[int, bool]] = {}
-        self.variance: Tensor | None = None
-        self.lent = False  # tokens that are away for a while will come back
         self.records: dict[Need, list[Tensor]] = defaultdict(list)
         self.records_at: dict[Need, Reduction | None] = {}
         self.undone: set[Need] = set()
@@ -128,7 +106,7 @@ class EncoderSite:
             self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
         probe = self.encoder.probe
         if probe is not None and (self.stepped or (self.alone and self.run.methods)):
-            self.run.taps.listen(probe, _ProbeListener(self), functional=True)
+            self.run.taps.listen(probe, ProbeListener(self), functional=True)
         if self.averaged is not None:
             self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
             self.run.hook(self.averaged.register_forward_pre_hook(self._average))
@@ -152,11 +130,6 @@ class EncoderSite:
     def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.last = features_of(output)
 
-    def as_tokens(self, features: Tensor) -> Tokens:
-        """The tokens that left the last block, with these features."""
-        index = None if self.reduction is None else self.reduction.index
-        return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
-
     @aside
     def _average(self, module: nn.Module, args: tuple) -> tuple | None:
         """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
@@ -173,8 +146,8 @@ class EncoderSite:
             weight = weight * (tokens.origin >= self.encoder.prefix)
         return (self.encoder.pooled(tokens.features, weight), *args[1:])
 
-    def _listener(self, block: int) -> _Listener:
-        return self.listeners.setdefault(block, _Listener(self))
+    def _listener(self, block: int) -> BlockListener:
+        return self.listeners.setdefault(block, BlockListener(self))
 
     # -- one forward ---------------------------------------------------------------------------------------------------
 
@@ -228,7 +201,7 @@ class EncoderSite:
         self.run.clock.add("encoder", self._started_at)
         for need in self.outputs:
             with self.run.clock.measure("selection"):
-                self.records[need].append(_of_output(need, features_of(output)))
+                self.records[need].append(of_output(need, features_of(output)))
                 self.records_at[need] = self.reduction
         if self.only is None:
             return None
@@ -385,7 +358,7 @@ class EncoderSite:
         around: list[tuple[Method, Reduction]],
         x: Tensor,
         run: Callable[[Tensor], Tensor],
-        listener: _Listener,
+        listener: BlockListener,
     ) -> Tensor:
         """One half of a block, run on fewer tokens where a step stands around it; its result, and what was heard, on all."""
         held, chosen = self._state(), [(step, reduction) for step, reduction in around if half in step.around]
@@ -405,29 +378,9 @@ class EncoderSite:
         with self.run.clock.measure("selection"):
             for _, reduction in reversed(chosen):
                 x = reduction.restore(Tokens(x)).features
-                listener.now = {need: _restored(value, need, reduction) for need, value in listener.now.items()}
+                listener.now = {need: restored(value, need, reduction) for need, value in listener.now.items()}
         listener.now = {**before, **listener.now}
         self._set(held)
-        return x
-
-    def _state(self) -> dict[str, Any]:
-        names = ("reduction", "size", "order", "score", "memory", "mask", "variance", "lent")
-        return {name: getattr(self, name) for name in names}
-
-    def _set(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    def _undo(self, number: int, method: Method, x: Tensor) -> Tensor:
-        """The tokens there were before this method's last reduction, whatever has been done since."""
-        start, state = self.held.pop(id(method), (0, {}))
-        if not state:
-            return x
-        for at in reversed(range(start, len(self.history))):
-            if at not in self.undone_at:
-                self.undone_at[at] = number
-                x = self.history[at][1].restore(Tokens(x)).features
-        self._set(state)
         return x
 
     # -- one reduction -------------------------------------------------------------------------------------------------
@@ -462,14 +415,6 @@ class EncoderSite:
             self.variance = self.variance.gather(1, reduction.index)
         return after.features
 
-    def tokens(self, x: Tensor) -> Tokens:
-        place, index = self.place, None if self.reduction is None else self.reduction.index
-        if place is not None and index is not None:
-            place = place.gather(index)
-        return Tokens(
-            x, self.mask, index, self.size, self.encoder.prefix, place, self.order, self.score, self.memory, self.policy
-        )
-
     def _soften(self, number: int, method: Method, step: Method, x: Tensor) -> Tensor:
         """A step in training: all tokens stay, and blocks see them by their policy from here on."""
         assert isinstance(step, Learned)
@@ -489,8 +434,7 @@ class EncoderSite:
         for method in self.stepped:
             if method.finishes:
                 after = method.finish(self.tokens(x))
-                self.reduction, self.mask = None, self.start_mask
-                self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
+                self.forget()
                 x = after.features
         return self._full(x) if self.run.restore and self.reduction is not None else x
 
@@ -498,18 +442,17 @@ class EncoderSite:
         """Every patch of the pictures again, with the features of the token it went to."""
         assert self.reduction is not None
         with self.run.clock.measure("selection"):
-            restored = self.reduction.restore(self.tokens(x))
-            lost = ~restored.real if self.start_mask is None else ~restored.real & self.start_mask
+            back = self.reduction.restore(self.tokens(x))
+            lost = ~back.real if self.start_mask is None else ~back.real & self.start_mask
             if bool(lost.any()):  # known only now: a method may merge in one block and drop in another
                 raise Unsupported(
                     f"{self.run.spec} drops patches inside the encoder, so there is nothing to restore them from; use a method "
                     f"that merges, e.g. tome, pitome or dymu, or leave out restore=True."
                 )
-        self.reduction, self.mask, self.variance = None, self.start_mask, None
-        self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
-        return restored.features
+        self.forget()
+        return back.features
 
-    def _signal(self, need: Need, listener: _Listener, method: Method) -> Any:
+    def _signal(self, need: Need, listener: BlockListener, method: Method) -> Any:
         if isinstance(need, Trained):
             return self.run.modules_of(method)
         if not isinstance(need, PixelVariance):
@@ -534,54 +477,21 @@ class EncoderSite:
         assert self.mask is not None
         return torch.tensor(left, device=self.mask.device)
 
-    def _advance(self, step: Reduction, number: int) -> None:
-        self.history.append((number, step))
-        self.reduction = step if self.reduction is None else self.reduction.then(step)
-
-    def until(self, block: int) -> Reduction | None:
-        """What all steps together did up to and with a block, but for those undone by then; None where none has acted."""
-        last = block % len(self.encoder.blocks)
-        done: Reduction | None = None
-        for at, (number, step) in enumerate(self.history):
-            if number <= last < self.undone_at.get(at, last + 1):
-                done = step if done is None else done.then(step)
-        return done
-
-    def _trim(self, value: Any) -> Any:
-        """An attention mask or rotary tables of the full sequence, cut to the tokens that are left; anything else as it is."""
-        if self.reduction is None:
-            return value
-        index = self.reduction.index
-        if isinstance(value, tuple) and all(isinstance(part, Tensor) and part.dim() == 2 for part in value):
-            return tuple(self._turned(part, index) for part in value)
-        if not isinstance(value, Tensor) or value.dim() != 4:
-            return value
-        mask = value
-        keys = gather(mask.expand(index.shape[0], -1, -1, -1).permute(0, 3, 1, 2), index).permute(0, 2, 3, 1)
-        if keys.shape[2] == 1:
-            return keys
-        return gather(keys.transpose(1, 2), index).transpose(1, 2)
-
-    def _turned(self, table: Tensor, index: Tensor) -> Tensor:
-        """(B, 1, K, d) the rows of a rotary table (P, d) for the tokens left; special tokens it does not know are not turned."""
-        still = self._start + self.encoder.prefix - table.shape[0]
-        return table[index[:, still:] - still][:, None]
-
     # -- what later sites read -----------------------------------------------------------------------------------------
 
     def flat(self, need: Need) -> Tensor:
         """A recorded signal for every patch of the batch, in order: (patches, ...)."""
         if self.encoder.packed and need not in self.seen:
-            calls = [_tokens_last(need, part) for part in self.records[need]]
+            calls = [tokens_last(need, part) for part in self.records[need]]
             value = self.encoder.unpack(calls, self.inputs).movedim(-1, 1).flatten(0, 1)
             return value if self.only is None else value.new_zeros(self.patches, *value.shape[1:]).index_copy(0, self.only, value)
         value, at = self.records[need][0], self.records_at[need]
         back = need in self.undone or self.run.restore
         if at is not None and back:
-            value = _restored(value, need, at)
-        value = _tokens_last(need, value).movedim(-1, 1)
+            value = restored(value, need, at)
+        value = tokens_last(need, value).movedim(-1, 1)
         if at is not None and not back:
-            value = _spread(value, at.index, self.patches + self.encoder.prefix)
+            value = spread(value, at.index, self.patches + self.encoder.prefix)
         return value[:, self.encoder.prefix :].flatten(0, 1)
 
     @property
@@ -589,258 +499,10 @@ class EncoderSite:
         return any(step is not None and step.proportional for _, steps in self.plan(self._start) for step in steps)
 
 
-class _Listener(Listener):
-    """Listens to the attention of one encoder block."""
-
-    def __init__(self, site: EncoderSite) -> None:
-        self.site = site
-        self.late: set[Need] = set()
-        self.here: set[Need] = set()
-        self.now: dict[Need, Tensor] = {}
-        self.looking = False
-        self.kept: _Ahead | None = None
-        self.masks: list[tuple[Learned, dict[str, Any]]] = []
-
-    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        bias = self._per_key(query, key)
-        for step, signals in self.masks:
-            with self.site.run.clock.measure("selection"):
-                seen = step.sight(query, key, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
-            if seen is not None:
-                hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
-                bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
-        return bias
-
-    def _per_key(self, query: Tensor, key: Tensor) -> Tensor | None:
-        site = self.site
-        bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
-        if site.mask is not None and site.reduction is not None:
-            hidden = torch.zeros_like(site.mask, dtype=query.dtype).masked_fill(~site.mask, torch.finfo(query.dtype).min)
-            hidden = hidden[:, None, None]
-            bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
-        return bias
-
-    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
-        site = self.site
-        if self.looking and self.kept is not None:
-            self.kept.query, self.kept.key, self.kept.mask = query, key, mask
-        if site.run.train and not self.looking:
-            for step, signals in self.masks:
-                part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
-                site.imitated += [] if part is None else [part]
-        if not self.here and (not self.late or self.looking):
-            return
-        if site.policy is not None:  # in training signals are read as if masked tokens had left
-            mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
-        with site.run.clock.measure("selection"):
-            self.now = {need: _measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
-            for need in set() if self.looking else self.late:
-                for part in self._calls(query, key, value, mask, extra):
-                    site.records[need].append(_measure(need, *part, site.mask, scale))
-                site.records_at[need] = site.reduction
-                if site.lent:
-                    site.undone.add(need)
-
-    def _calls(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
-    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """q, k, v and mask. Where all pictures of a packed encoder come in one call, it is split as if each had its own."""
-        encoder, ends = self.site.encoder, extra.get("cu_seq_lens_q")
-        if ends is not None:
-            sizes = (ends[1:] - ends[:-1]).tolist()
-        elif encoder.joint:
-            sizes = [item.patches for item in encoder.geometry(self.site.inputs)]
-        else:
-            return [(query, key, value, mask)]
-        parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
-        return [(*part, None) for part in parts]
-
-    def attend(
-        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
-    ) -> Any:
-        """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
-        attention under the policy."""
-        if self.looking:
-            return query.new_zeros(()).expand(query.transpose(1, 2).shape), None
-        if self.kept is not None:
-            return self.kept.attend(original, value), None
-        policy = self.site.policy
-        if policy is None:
-            return None
-        logits = attention.rows(query, key, extra.get("scaling"), mask, logits=True)
-        weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
-        return (weights @ value).transpose(1, 2).contiguous(), weights
-
-    # -- the attention of the tokens there were in front of the block -----------------------------------------------------
-
-    def look(self, asked: set[Need], ahead: bool, module: nn.Module, call: Callable[[Tensor], None], x: Tensor) -> None:
-        """Run the block's attention on x as far as queries and keys, and measure what is asked."""
-        here, kept = self.here, _Ahead() if ahead else self.kept
-        self.here, self.looking, self.kept = asked, True, kept if ahead else None
-        try:
-            with idle(module, *VALUES, *OUTPUTS):
-                call(x)
-        finally:
-            self.here, self.looking, self.kept = here, False, kept
-
-    def reduced(self, reduction: Reduction) -> None:
-        """The tokens in front of the block have changed."""
-        if self.kept is not None:
-            self.kept.reduction = reduction if self.kept.reduction is None else self.kept.reduction.then(reduction)
-
-    @contextmanager
-    def ahead(self, module: nn.Module) -> Iterator[None]:
-        """While the block's attention runs: where it was looked ahead of, its own queries and keys are not needed again."""
-        if self.kept is not None and self.kept.reduction is None:
-            self.kept = None
-        try:
-            with nullcontext() if self.kept is None or self.here or self.late else idle(module, *QUERIES, *KEYS):
-                yield
-        finally:
-            self.kept = None
-
-
-class _Ahead:
-    """Queries and keys of the tokens in front of a block, and the reduction that came between them and its attention."""
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    reduction: Reduction | None = None
-
-    def attend(self, original: Attention, value: Tensor) -> Tensor:
-        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
-
-        Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
-        be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.
-        """
-        assert self.reduction is not None
-        each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
-        each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
-        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
-
-
-# the usual names of an attention module's projections
-QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out_proj")
-
-
-@contextmanager
-def idle(module: nn.Module, *names: str) -> Iterator[None]:
-    """Let linear maps of these names rest: what they would give is not needed. Where a model names them otherwise they run."""
-    resting = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
-    saved = [part.__dict__.get("forward") for part in resting]
-
-    def rest(width: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
-
-    for part in resting:
-        part.forward = rest(part.out_features)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for part, own in zip(resting, saved, strict=True):
-            if own is None:
-                del part.forward
-            else:
-                part.forward = own
-
-
-class _ProbeListener(Listener):
-    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
-
-    def __init__(self, site: EncoderSite) -> None:
-        self.site = site
-
-    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        tokens = self.site.run.tokens
-        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
-        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
-        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
-            hidden = ~tokens.mask[:, None, None]
-            bias = query.new_zeros(hidden.shape) if bias is None else bias
-            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
-        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
-
-
-def _measure(
-    need: Need,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    real: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """One signal from one attention call."""
-    if getattr(need, "joined", False):
-        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
-        scale = query.shape[-1] ** -0.5
-    first = None if mask is None else mask[:, :, :1]
-    if isinstance(need, ClassAttention):
-        return attention.rows(query[:, :, :1], key, scale, first, logits=need.logits)[:, :, 0]
-    if isinstance(need, MeanAttention):
-        return attention.rows(_mean_row(query, real), key, scale, _mean_mask(mask, real))[:, :, 0]
-    if isinstance(need, ClassSimilarity):
-        return attention.rows(value[:, :, :1], value, 1.0, first)[:, :, 0]
-    if isinstance(need, ReceivedAttention):
-        return attention.received(query, key, scale, real, bias=mask)
-    if isinstance(need, AnchorAttention):
-        return attention.anchored(query, key, need.threshold, scale, real, bias=mask)
-    if isinstance(need, Keys):
-        return key.mean(1)
-    if isinstance(need, Values):
-        return value.mean(1)
-    raise TypeError(f"{need} cannot be read in an encoder.")
-
-
-def _of_output(need: Need, hidden: Tensor) -> Tensor:
-    """One signal from what the encoder hands out, special tokens included."""
-    if isinstance(need, ClassLikeness):
-        return similarity.to_first(hidden, need.metric)
-    assert isinstance(need, TextSimilarity) and need.tower is not None
-    return need.tower.similarity(hidden, need.questions, need.end, need.normed)
-
-
-def _mean_row(query: Tensor, real: Tensor | None) -> Tensor:
-    """(B, H, 1, d) the mean of the queries of real tokens."""
-    if real is None:
-        return query.float().mean(2, keepdim=True)
-    shown = query.float().masked_fill(~real[:, None, :, None], 0)
-    return shown.sum(2, keepdim=True) / real.sum(1).clamp(min=1)[:, None, None, None]
-
-
-def _mean_mask(mask: Tensor | None, real: Tensor | None) -> Tensor | None:
-    """The mask of the mean query: a bias that differs by query is averaged over real tokens as the logits are."""
-    if mask is None or mask.dtype == torch.bool or mask.shape[2] == 1:
-        return None if mask is None else mask[:, :, :1]
-    if real is None:
-        return mask.float().mean(2, keepdim=True)
-    shown = mask.float().masked_fill(~real[:, None, :, None], 0).sum(2, keepdim=True)
-    return shown / real.sum(1).clamp(min=1)[:, None, None, None]
-
-
 def features_of(output: Any) -> Tensor:
     """(B, N, D) the tokens of a module's output, which is or starts with them."""
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found
-
-
-def _tokens_last(need: Need, value: Tensor) -> Tensor:
-    return value.transpose(1, 2) if value.dim() == 3 and (not need.heads or isinstance(need, TextSimilarity)) else value
-
-
-def _restored(value: Tensor, need: Need, reduction: Reduction) -> Tensor:
-    """A signal of the tokens that a reduction made, for those it was made of."""
-    first = _tokens_last(need, value).movedim(-1, 1)
-    flat = reduction.restore(Tokens(first.flatten(1).unflatten(1, (first.shape[1], -1)))).features
-    back = flat.reshape(first.shape[0], reduction.n, *first.shape[2:])
-    return back.movedim(1, -1) if value.dim() > 2 and need.heads else back
-
-
-def _spread(value: Tensor, index: Tensor, n: int) -> Tensor:
-    out = value.new_zeros(value.shape[0], n, *value.shape[2:])
-    shape = index.shape + (1,) * (value.dim() - 2)
-    return out.scatter(1, index.reshape(shape).expand_as(value), value)
 
 
 def behind(place: Place, prefix: int) -> Place:

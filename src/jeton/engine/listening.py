@@ -1,0 +1,194 @@
+"""Listening in an encoder's blocks: queries and keys are heard in flight or looked at ahead of the block, and attention is told
+of sizes, masks and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..learned import Learned
+from ..needs import Need
+from ..ops import attention
+from ..ops.policy import policy_softmax
+from ..tokens import Reduction, Tokens
+from .readings import measure
+from .tap import Attention, Listener, add_bias
+
+if TYPE_CHECKING:
+    from .encoder import EncoderSite
+
+# the usual names of an attention module's projections
+QUERIES, KEYS, VALUES, OUTPUTS = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "out_proj")
+
+
+class BlockListener(Listener):
+    """Listens to the attention of one encoder block."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+        self.late: set[Need] = set()
+        self.here: set[Need] = set()
+        self.now: dict[Need, Tensor] = {}
+        self.looking = False
+        self.kept: Ahead | None = None
+        self.masks: list[tuple[Learned, dict[str, Any]]] = []
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        bias = self._per_key(query, key)
+        for step, signals in self.masks:
+            with self.site.run.clock.measure("selection"):
+                seen = step.sight(query, key, self.site.tokens(query.transpose(1, 2).flatten(2)), signals)
+            if seen is not None:
+                hidden = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+                bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def _per_key(self, query: Tensor, key: Tensor) -> Tensor | None:
+        site = self.site
+        bias = attention.bias(site.size, query.dtype) if site.size is not None and site.proportional else None
+        if site.mask is not None and site.reduction is not None:
+            hidden = torch.zeros_like(site.mask, dtype=query.dtype).masked_fill(~site.mask, torch.finfo(query.dtype).min)
+            hidden = hidden[:, None, None]
+            bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
+        return bias
+
+    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
+        site = self.site
+        if self.looking and self.kept is not None:
+            self.kept.query, self.kept.key, self.kept.mask = query, key, mask
+        if site.run.train and not self.looking:
+            for step, signals in self.masks:
+                part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
+                site.imitated += [] if part is None else [part]
+        if not self.here and (not self.late or self.looking):
+            return
+        if site.policy is not None:  # in training signals are read as if masked tokens had left
+            mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
+        with site.run.clock.measure("selection"):
+            self.now = {need: measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
+            for need in set() if self.looking else self.late:
+                for part in self._calls(query, key, value, mask, extra):
+                    site.records[need].append(measure(need, *part, site.mask, scale))
+                site.records_at[need] = site.reduction
+                if site.lent:
+                    site.undone.add(need)
+
+    def _calls(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """q, k, v and mask. Where all pictures of a packed encoder come in one call, it is split as if each had its own."""
+        encoder, ends = self.site.encoder, extra.get("cu_seq_lens_q")
+        if ends is not None:
+            sizes = (ends[1:] - ends[:-1]).tolist()
+        elif encoder.joint:
+            sizes = [item.patches for item in encoder.geometry(self.site.inputs)]
+        else:
+            return [(query, key, value, mask)]
+        parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+        return [(*part, None) for part in parts]
+
+    def attend(
+        self, original: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
+    ) -> Any:
+        """What stands in for the block's attention: nothing while it is only looked at, what was looked ahead of, or in training
+        attention under the policy."""
+        if self.looking:
+            return query.new_zeros(()).expand(query.transpose(1, 2).shape), None
+        if self.kept is not None:
+            return self.kept.attend(original, value), None
+        policy = self.site.policy
+        if policy is None:
+            return None
+        logits = attention.rows(query, key, extra.get("scaling"), mask, logits=True)
+        weights = torch.nn.functional.dropout(policy_softmax(logits, policy).to(value.dtype), extra.get("dropout", 0.0))
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    # -- the attention of the tokens there were in front of the block -----------------------------------------------------
+
+    def look(self, asked: set[Need], ahead: bool, module: nn.Module, call: Callable[[Tensor], None], x: Tensor) -> None:
+        """Run the block's attention on x as far as queries and keys, and measure what is asked."""
+        here, kept = self.here, Ahead() if ahead else self.kept
+        self.here, self.looking, self.kept = asked, True, kept if ahead else None
+        try:
+            with idle(module, *VALUES, *OUTPUTS):
+                call(x)
+        finally:
+            self.here, self.looking, self.kept = here, False, kept
+
+    def reduced(self, reduction: Reduction) -> None:
+        """The tokens in front of the block have changed."""
+        if self.kept is not None:
+            self.kept.reduction = reduction if self.kept.reduction is None else self.kept.reduction.then(reduction)
+
+    @contextmanager
+    def ahead(self, module: nn.Module) -> Iterator[None]:
+        """While the block's attention runs: where it was looked ahead of, its own queries and keys are not needed again."""
+        if self.kept is not None and self.kept.reduction is None:
+            self.kept = None
+        try:
+            with nullcontext() if self.kept is None or self.here or self.late else idle(module, *QUERIES, *KEYS):
+                yield
+        finally:
+            self.kept = None
+
+
+class Ahead:
+    """Queries and keys of the tokens in front of a block, and the reduction that came between them and its attention."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    reduction: Reduction | None = None
+
+    def attend(self, original: Attention, value: Tensor) -> Tensor:
+        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
+
+        Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
+        be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.
+        """
+        assert self.reduction is not None
+        each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
+        each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
+
+
+@contextmanager
+def idle(module: nn.Module, *names: str) -> Iterator[None]:
+    """Let linear maps of these names rest: what they would give is not needed. Where a model names them otherwise they run."""
+    resting = [part for name in names if isinstance(part := getattr(module, name, None), nn.Linear)]
+    saved = [part.__dict__.get("forward") for part in resting]
+
+    def rest(width: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
+
+    for part in resting:
+        part.forward = rest(part.out_features)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part, own in zip(resting, saved, strict=True):
+            if own is None:
+                del part.forward
+            else:
+                part.forward = own
+
+
+class ProbeListener(Listener):
+    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
+
+    def __init__(self, site: EncoderSite) -> None:
+        self.site = site
+
+    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        tokens = self.site.run.tokens
+        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
+        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
+        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
+            hidden = ~tokens.mask[:, None, None]
+            bias = query.new_zeros(hidden.shape) if bias is None else bias
+            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
+        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out
