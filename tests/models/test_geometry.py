@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from jeton.engine import watch
-from jeton.engine.encoder import features_of
+from jeton.engine.readings import features_of
 from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
 

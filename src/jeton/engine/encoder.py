@@ -31,8 +31,9 @@ from ..ops import pixels
 from ..place import Place
 from ..tokens import Reduction, Tokens
 from .aside import aside, stand_in
-from .listening import BlockListener, ProbeListener
-from .readings import of_output, restored, spread, tokens_last
+from .head import HeadSite
+from .listening import BlockListener
+from .readings import features_of, of_output, restored, spread, tokens_last
 from .standing import Standing
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class EncoderSite(Standing):
         self.seen = {need for need in late if isinstance(need, PatchEntropy)}
         for need in late.difference(self.outputs, self.seen):
             self._listener(self.block_of(need)).late.add(need)
-        self.averaged = encoder.averaged(run.model)
+        self.head = HeadSite(self)
         self.clear()
 
     def block_of(self, need: Need) -> int:
@@ -77,11 +78,11 @@ class EncoderSite(Standing):
 
     def clear(self) -> None:
         self.anew()
+        self.head.last = None
         self.inputs: dict[str, Any] = {}
         self.softened: list[Tokens] = []
         self.imitated: list[Tensor] = []
         self.special: Tensor | None = None
-        self.last: Tensor | None = None
         self.lengths: list[tuple[int, int]] = []
         self.patches = self.pictures = 0
         self.counts: list[int] = []
@@ -102,49 +103,15 @@ class EncoderSite(Standing):
             for number, block in enumerate(blocks):
                 self.run.stand_in(block, functools.partial(self._forward, number, block))
                 self._listener(number)
-        if self.stepped and self.encoder.pooling is not None:
-            self.run.hook(self.encoder.pooling.register_forward_pre_hook(self._pool))
-        probe = self.encoder.probe
-        if probe is not None and (self.stepped or (self.alone and self.run.methods)):
-            self.run.taps.listen(probe, ProbeListener(self), functional=True)
-        if self.averaged is not None:
-            self.run.hook(blocks[-1].register_forward_hook(self._hear_last))
-            self.run.hook(self.averaged.register_forward_pre_hook(self._average))
+        self.head.attach()
         if self.keep_special and self.encoder.prefix:
             self.run.hook(blocks[self.depth - 1].register_forward_hook(self._hear_special))
         for number, listener in self.listeners.items():
             self.run.taps.listen(self.encoder.attention(blocks[number]), listener, self.encoder.functional)
 
     @aside
-    def _pool(self, module: nn.Module, args: tuple) -> tuple:
-        """The pooling head's token mask, for the tokens that are left."""
-        if self.policy is not None:
-            return (args[0], self.policy.detach() > 0.5, *args[2:])
-        return args if self.reduction is None else (args[0], self.mask, *args[2:])
-
-    @aside
     def _hear_special(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.special = features_of(output)[:, : self.encoder.prefix]
-
-    @aside
-    def _hear_last(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.last = features_of(output)
-
-    @aside
-    def _average(self, module: nn.Module, args: tuple) -> tuple | None:
-        """The mean of all patches that a head is handed, each of the tokens left counting for what it stands for."""
-        tokens = self.run.tokens
-        if tokens is None and self.last is not None:  # the head comes before the encoder's output
-            tokens = self.as_tokens(self.last)
-        if tokens is None:
-            return None
-        if tokens.size is None and tokens.mask is None and len(tokens) == tokens.prefix + self.patches and self.policy is None:
-            return None
-        weight = tokens.real.float() if tokens.size is None else tokens.size.float() * tokens.real
-        weight = weight if self.policy is None else weight * self.policy
-        if not self.encoder.pools_special:
-            weight = weight * (tokens.origin >= self.encoder.prefix)
-        return (self.encoder.pooled(tokens.features, weight), *args[1:])
 
     def _listener(self, block: int) -> BlockListener:
         return self.listeners.setdefault(block, BlockListener(self))
@@ -497,12 +464,6 @@ class EncoderSite(Standing):
     @property
     def proportional(self) -> bool:
         return any(step is not None and step.proportional for _, steps in self.plan(self._start) for step in steps)
-
-
-def features_of(output: Any) -> Tensor:
-    """(B, N, D) the tokens of a module's output, which is or starts with them."""
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
 
 
 def behind(place: Place, prefix: int) -> Place:

@@ -175,20 +175,3 @@ def idle(module: nn.Module, *names: str) -> Iterator[None]:
                 del part.forward
             else:
                 part.forward = own
-
-
-class ProbeListener(Listener):
-    """In a head whose own query attends to all tokens, those count for what they stand for, and padding for nothing."""
-
-    def __init__(self, site: EncoderSite) -> None:
-        self.site = site
-
-    def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
-        tokens = self.site.run.tokens
-        tokens = self.site.as_tokens(key[:, 0]) if tokens is None else tokens
-        bias = None if tokens.size is None else attention.bias(tokens.size, query.dtype)
-        if tokens.mask is not None and self.site.encoder.pooling is None:  # else the head is handed the mask itself
-            hidden = ~tokens.mask[:, None, None]
-            bias = query.new_zeros(hidden.shape) if bias is None else bias
-            bias = bias.masked_fill(hidden, torch.finfo(query.dtype).min)
-        return None if bias is None else bias[..., -key.shape[2] :]  # some heads leave special tokens out

@@ -12,9 +12,9 @@ from ..method import Method
 from ..needs import Need
 from ..tokens import Tokens, gather
 from .aside import aside
-from .encoder import features_of
 from .flow import Step
 from .prompt import in_front
+from .readings import features_of
 
 if TYPE_CHECKING:
     from .run import Run

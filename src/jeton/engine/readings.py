@@ -3,6 +3,8 @@ on tokens that have left since."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ def measure(
     if isinstance(need, Values):
         return value.mean(1)
     raise TypeError(f"{need} cannot be read in an encoder.")
+
+
+def features_of(output: Any) -> Tensor:
+    """(B, N, D) the tokens of a module's output, which is or starts with them."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def of_output(need: Need, hidden: Tensor) -> Tensor:
