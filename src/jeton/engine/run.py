@@ -18,20 +18,10 @@ from ..layout import Layout
 from ..learned import Learned
 from ..method import Method, Unsupported, get
 from ..models import Encoder, VisionLanguage, adapt
-from ..needs import (
-    IN_ENCODER,
-    ClassAttention,
-    ClassLikeness,
-    ClassSimilarity,
-    Given,
-    LastAttention,
-    LastSimilarity,
-    Need,
-    PairedText,
-    TextSimilarity,
-)
+from ..needs import IN_ENCODER, Need
 from ..tokens import Reduction, Tokens
 from .cache import CacheSite
+from .checks import check
 from .clock import Clock
 from .costs import Costs
 from .drafts import let_the_prompt_run_alone
@@ -126,7 +116,7 @@ class Run:
         self.compact = positions == "compact"
         # what is restored acts at all its places as it is
         self.virtual = any(method.virtual and not (restore and method.site == "block") for method in methods)
-        self._check()
+        check(self)
         self.device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
         self.clock = Clock(self.device)
         self.taps = Taps(model)
@@ -310,168 +300,7 @@ class Run:
         pictures = seen(self, image) if of is None else list(of) if isinstance(of, list | tuple) else [of]
         return sheet(pictures, maps, size)
 
-    # -- checks ------------------------------------------------------------------------------------------------------------
-
-    def _check(self) -> None:
-        """Refuse what the model cannot do, before anything runs."""
-        language = isinstance(self.view, VisionLanguage)
-        if self.train:
-            self._check_training()
-        finishing = [method for method in self.methods if method.finishes]
-        inside = [method for method in self.methods if method.site in ("block", "pixels")]
-        if finishing and len(inside) > 1:
-            raise Unsupported(
-                f"{finishing[0].card.id} hands on tokens of its own behind the last block, so no other method can act inside the "
-                f"same encoder; use it without {next(m.card.id for m in inside if m is not finishing[0])}."
-            )
-        layers = getattr(getattr(self.view.model, "config", None), "vision_feature_layer", None)
-        if self.restore and isinstance(layers, list | tuple) and len(layers) > 1:
-            raise Unsupported(
-                f"{type(self.model).__name__} hands on features of several encoder blocks, but patches are restored behind the "
-                f"last of them alone; leave out restore=True and methods inside the encoder."
-            )
-        if finishing and self.restore:
-            raise Unsupported(f"{finishing[0].card.id} hands on tokens of its own, from which no patch can be restored.")
-        self.encoder.check(self.model)
-        if isinstance(self.view, VisionLanguage):
-            self.view.check()
-        for method in self.methods:
-            if not language and self.encoder.packed:
-                self._refuse(method, "packs all pictures into one sequence", "the whole vision-language model")
-            if method.resizes and not self.encoder.resizable:
-                self._refuse(method, *self.encoder.fixed)
-            if method.site == "attention" and self.encoder.packed:
-                self._refuse(method, "packs all pictures into one sequence", "an encoder that keeps pictures apart")
-            if method.site in ("layer", "rule") and not language:
-                self._refuse(method, "is an encoder without a language model", "a method of the site encoder or block, e.g. tome")
-            leaves = method.site == "block" or (method.site == "pixels" and (method.resizes or not self.encoder.groups))
-            restored = method.site == "block" and self.restore and not self.encoder.packed
-            if leaves and isinstance(self.view, VisionLanguage) and self.encoder.packed and not self.view.mixes:
-                self._refuse(
-                    method, "packs all pictures into one sequence in its encoder", "divprune or fastervlm(score='received')"
-                )
-            if leaves and not restored and isinstance(self.view, VisionLanguage) and self.view.mixes:
-                others = "divprune, fastv, or a score such as fastervlm(score='received')"
-                merges = method.site == "block" and not self.encoder.packed
-                self._refuse(
-                    method,
-                    "mixes neighbouring patches into tokens behind its encoder, so they cannot leave one by one inside it",
-                    f"restore=True with a method that merges, which shortens the encoder alone, or {others}"
-                    if merges
-                    else others,
-                )
-            self._check_needs(method, [*method.needs().values()])
-        if self.compact and isinstance(self.view, VisionLanguage) and self.view.rotary_rows > 1:
-            raise Unsupported(
-                f"{self.view.name} numbers positions by time, height and width, which are coordinates and cannot be renumbered "
-                f'without gaps; use positions="keep".'
-            )
-        if self.newlines in ("drop", "pool") and isinstance(self.view, VisionLanguage) and self.view.marks:
-            raise Unsupported(
-                f"{self.view.name} has no newlines of its own: {self.view.marks} are text of the prompt, and stay; leave out "
-                f'newlines={self.newlines!r}, or use newlines="keep".'
-            )
-        if self.compact and isinstance(self.view, VisionLanguage) and self.view.windowed:
-            raise Unsupported(
-                f"{self.view.name} has layers that see a window of so many columns, which without gaps would reach further back; "
-                f'use positions="keep".'
-            )
-        self._check_virtual()
-        self._check_masks()
-        config = getattr(self.encoder.model, "config", None)
-        implementation = getattr(config, "_attn_implementation", None) or ""
-        masking = next((m for m in self.methods if m.site == "attention"), None)
-        if "flash" in implementation and masking is not None:
-            raise Unsupported(
-                f"{masking.card.id} says which keys each query attends to, which flash attention kernels do not take; load the "
-                'model with attn_implementation="sdpa".'
-            )
-        if "flash" in implementation and any(m.site == "block" and m.proportional for m in self.methods):
-            raise Unsupported(
-                "proportional attention adds log(size) to the attention logits, which flash attention kernels do not take; load "
-                'the model with attn_implementation="sdpa" or set proportional=False.'
-            )
-
-    def _check_training(self) -> None:
-        """Only what is trained, on an encoder alone."""
-        for method in self.methods:
-            if not isinstance(method, Learned) or len(self.methods) > 1:
-                raise ValueError(f"{self.spec} cannot be trained: train=True takes one method that learns, alone.")
-        if isinstance(self.view, VisionLanguage) or self.encoder.packed:
-            name = self.methods[0].card.id
-            self._refuse(self.methods[0], "is no encoder that keeps pictures apart", f"an image classifier to train {name} on")
-
-    def _check_virtual(self) -> None:
-        virtual = next((method for method in self.methods if method.virtual), None)
-        if virtual is None or not self.virtual or not isinstance(self.view, VisionLanguage):
-            return
-        name = virtual.card.id
-        if self.view.windowed or self.view.masked_above:
-            raise Unsupported(
-                f"{name} lets merged tokens act at all their places in layers that look back, but {self.view.name} has layers "
-                f"with windows or blocks of columns that see each other; use {name}(unmerge=False)."
-            )
-        if self.compact:
-            raise ValueError(
-                f'{name} lets merged tokens act at their original positions, which positions="compact" gives up; use '
-                f'positions="keep", or {name}(unmerge=False).'
-            )
-        config = getattr(self.view.decoder, "config", None)
-        if "flash" in (getattr(config, "_attn_implementation", None) or ""):
-            raise Unsupported(
-                f"{name} attends with a mask of its own in the language model of {self.view.name}, which flash attention kernels "
-                f'do not take; load the model with attn_implementation="sdpa", or use {name}(unmerge=False).'
-            )
-
-    def _check_masks(self) -> None:
-        view = self.view
-        if not self.methods or not isinstance(view, VisionLanguage) or not (view.windowed or view.masked_above):
-            return
-        implementation = getattr(getattr(view.decoder, "config", None), "_attn_implementation", None) or ""
-        if "flash" in implementation or "flex" in implementation:
-            raise Unsupported(
-                f"{view.name} has layers with windows or blocks of columns that see each other, which the kernels of "
-                f"{implementation} count by the columns that are left; load the model with attn_implementation="
-                f'"{"sdpa" if getattr(view.decoder, "_supports_sdpa", False) else "eager"}".'
-            )
-
-    def _check_needs(self, method: Method, needs: list[Need]) -> None:
-        for need in needs:
-            if isinstance(need, ClassAttention | ClassSimilarity | ClassLikeness) and not self.encoder.has_class:
-                option = f'{method.card.id}(score="received")' if hasattr(method, "score") else "divprune or tome"
-                lacks = f"has an encoder without a class token ({self.encoder.name})"
-                reads = "the class token" if isinstance(need, ClassLikeness) else "the class token's attention"
-                self._refuse(method, lacks, option, reads)
-            if isinstance(need, LastAttention | LastSimilarity) and not isinstance(self.view, VisionLanguage):
-                self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the prompt's last token")
-            if isinstance(need, Given) and not (isinstance(self.view, VisionLanguage) and "video" in self.view.streams()):
-                self._refuse(method, "takes no videos", f"{method.card.id} without them", "numbers for the frames of videos")
-            if isinstance(need, PairedText) and not isinstance(self.view, VisionLanguage):
-                self._refuse(method, "has no language model", "an encoder method, e.g. fastervlm", "the text of each image")
-            if isinstance(need, TextSimilarity):
-                self._check_tower(method, need)
-
-    def _check_tower(self, method: Method, need: TextSimilarity) -> None:
-        """The text tower must be the companion of the encoder: one that was trained beside it has its width."""
-        width = self.encoder.dims[0]
-        if need.tower is None:
-            self._refuse(
-                method,
-                "came without one",
-                f"text=jeton.ClipText(clip, tokenizer) and question=..., or {method.card.id}(text=False) to go without",
-                "the question through a text tower",
-            )
-        elif need.tower.width != width or self.encoder.packed:
-            self._refuse(
-                method,
-                f"has an encoder of width {width} ({self.encoder.name}) and the tower's patches are {need.tower.width} wide",
-                f"the CLIP model that this encoder was taken from, or {method.card.id}(text=False)",
-                "the question through a text tower",
-            )
-
-    def _refuse(self, method: Method, lacks: str, instead: str, reads: str = "") -> None:
-        reading = f" reads {reads}, but" if reads else " cannot be applied:"
-        raise Unsupported(f"{method.card.id}{reading} {type(self.model).__name__} {lacks}; use {instead}.")
+    # -- refused while it runs ----------------------------------------------------------------------------------------------
 
     def check_keep(self, method: Method, most: int) -> None:
         """Refuse a count above what every image has."""
