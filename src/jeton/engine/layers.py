@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,100 +15,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from ..method import Method
-from ..needs import (
-    Entered,
-    LastAttention,
-    LastSimilarity,
-    LayerValues,
-    Need,
-    NeuronCounts,
-    Neurons,
-    PageRank,
-    PromptNumber,
-    RaterRank,
-    TextAttention,
-)
-from ..ops import attention, budget, neurons
-from ..ops.pagerank import importance, pagerank
+from ..needs import Entered, Need, PromptNumber
+from ..ops import budget
 from ..tokens import Tokens, gather
-from .ahead import Ahead, Heard, is_ahead, row_mask
+from .ahead import Ahead, is_ahead
 from .aside import aside
-from .entrance import pick
-from .flow import Cut, Kept, whole
-from .masks import hidden as hidden_columns
-from .masks import looking_back, taken
+from .flow import Cut, whole
+from .hearing import Hearing
 from .prompt import Prompt, padded
-from .raters import Raters
-from .tap import Listener
+from .stage import Stage
 from .words import prompt_number
 
 Plan = list[list[tuple[Method, Method]]]
 NOMINAL = 576  # tokens of an image, to learn in front of which layers a method acts before any image has been seen
-
-
-@dataclass
-class Stage:
-    """What the layers from here on hold. kept: their cache columns, as columns of the entrance. cut: which of the new columns
-    are left; None when this forward brings no pictures."""
-
-    prompt: Prompt
-    kept: Kept
-    cut: Cut | None = None
-    fitted: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    rotary: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-
-    def fit(self, kwargs: dict, hidden: Tensor) -> dict:
-        """The layer's arguments, cut to the columns that are left."""
-        changed: dict[str, Any] = {"attention_mask": self._mask(kwargs.get("attention_mask"), hidden)}
-        if kwargs.get("position_embeddings") is not None:
-            changed["position_embeddings"] = self._embeddings(kwargs["position_embeddings"], hidden)
-        if isinstance(kwargs.get("position_ids"), Tensor) and self.cut is not None:
-            changed["position_ids"] = pick(kwargs["position_ids"], self.cut.index)
-        return changed
-
-    def _embeddings(self, given: tuple[Tensor, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cut is None and not self.prompt.run.compact:
-            return given
-        if id(given) not in self.rotary:  # layers of one kind are given the same
-            self.rotary[id(given)] = given, self._renumbered(hidden) if self.prompt.run.compact else self._gathered(given)
-        return self.rotary[id(given)][1]
-
-    def _gathered(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        assert self.cut is not None
-        index = self.cut.index
-        cos, sin = (gather(part.expand(index.shape[0], -1, -1), index) for part in given)
-        return cos, sin
-
-    def _renumbered(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        ids = self.prompt.ids
-        assert ids is not None
-        if self.cut is None:
-            ids = ids - self.kept.dropped
-        else:  # kept.dropped counts this forward's losses too: take those out, and count them column by column
-            ids = pick(ids, self.cut.index) - self.cut.before - (self.kept.dropped - self.cut.dropped)
-        return self.prompt.view.rotary(hidden, ids)
-
-    def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        known = self.fitted.get(id(mask))
-        if known is None:
-            known = (mask, self._cut(mask, hidden))
-            self.fitted[id(mask)] = known
-        return known[1]
-
-    def _cut(self, mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        columns, real = self.kept.columns(self.prompt.total), self.kept.real(self.prompt.total)
-        if mask is None:
-            return None if real is None else self._built(real, hidden)
-        if mask.dim() == 2:
-            cut = mask.gather(1, columns)
-            return cut if real is None else cut * real.to(cut.dtype)
-        return taken(mask, None if self.cut is None else self.cut.index, columns, real, hidden.shape[1])
-
-    def _built(self, real: Tensor, hidden: Tensor) -> Tensor:
-        """A causal mask where the model left it to its kernel, but samples now differ in length."""
-        if "flash" in self.prompt.view.decoder.config._attn_implementation:
-            return real.long()
-        return hidden_columns(looking_back(hidden.shape[1], real), real)
 
 
 class LayerSite:
@@ -119,13 +37,7 @@ class LayerSite:
         self._plans: dict[tuple[int, int], Plan] = {}
         self.start = NOMINAL
         self.first = [NOMINAL]
-        self.heard: dict[tuple[int, Need], Heard] = {}
-        self.fired: dict[tuple[int, float], Tensor] = {}
-        self.raters: dict[str, Raters] = {}
-        # by layer and need: (R, L), where visual tokens stood, and of how many columns
-        self.rated: dict[tuple[int, TextAttention], tuple[Tensor, Tensor, int]] = {}
-        self.ranks: dict[tuple[int, str], Tensor] = {}
-        self.rotary: tuple[Tensor, Tensor] | None = None  # of the layer that runs, where a listener asks for it
+        self.hearing = Hearing(prompt, self._asked())
         self.counts: list[int] | None = None
 
     def plan(self, count: int, first: int) -> Plan:
@@ -154,55 +66,31 @@ class LayerSite:
         if not acting:
             return
         first = min([*acting, *(layer for method in self.methods if (layer := method.shrinks(self.depth)) is not None)])
-        listened: dict[int, set[Need]] = {}
-        for at, steps in enumerate(self.steps):
-            for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
-                listened.setdefault(self._read_at(need, at), set()).add(need)
-        asked = [need for needs in listened.values() for need in needs]
-        rated = {need.raters for need in asked if isinstance(need, TextAttention | RaterRank)}
-        run.hook(view.decoder.register_forward_pre_hook(functools.partial(self._fresh, rated), with_kwargs=True))
+        run.hook(view.decoder.register_forward_pre_hook(self._fresh, with_kwargs=True))
         for number, layer in enumerate(view.layers):
-            here = listened.get(number, set())
-            if any(
-                isinstance(need, LastAttention | LastSimilarity | LayerValues | PageRank | TextAttention | RaterRank)
-                for need in here
-            ):
-                run.taps.listen(view.attention(layer), _Listener(self, number, here))
-            tops = {need.top for need in here if isinstance(need, Neurons | NeuronCounts)}
-            if tops:
-                run.hook(view.gated(layer).down.register_forward_pre_hook(functools.partial(self._fire, number, tops)))
             if number >= first:
                 run.hook(layer.register_forward_pre_hook(self._in_front(number), with_kwargs=True))
-            if any(isinstance(need, TextAttention) and need.unbiased for need in here):
-                run.hook(layer.register_forward_pre_hook(self._turned, with_kwargs=True))
+        self.hearing.attach()  # behind those hooks: it hears of rotary embeddings that have been cut
 
-    @aside
-    def _turned(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.rotary = kwargs["position_embeddings"]
+    def _asked(self) -> dict[int, set[Need]]:
+        """By layer what is read of it while it runs."""
+        asked: dict[int, set[Need]] = {}
+        for at, steps in enumerate(self.steps):
+            for need in (need for _, step in steps for need in step.needs().values() if not is_ahead(need)):
+                asked.setdefault(self._read_at(need, at), set()).add(need)
+        return asked
 
     @staticmethod
     def _read_at(need: Need, layer: int) -> int:
         return layer - 1 if need.layer is None else need.layer
 
     @aside
-    def _fire(self, number: int, tops: set[float], module: nn.Module, args: tuple) -> None:
-        """The gated activations of a layer's MLP are on their way into its last projection."""
-        if self.prompt.flow is not None:
-            with self.prompt.run.clock.measure("selection"):
-                self.fired.update({(number, top): neurons.positive(args[0], top) for top in tops})
-
-    @aside
-    def _fresh(self, rated: set[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.prompt.stage = None
-        for old in (self.heard, self.fired, self.rated, self.ranks, self.raters):
-            old.clear()  # type: ignore[attr-defined]
-        if self.prompt.scene is not None:
-            self.prompt.run.refuse_checkpointing(module, self.prompt.view.checkpointing)
+    def _fresh(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         prompt, scene = self.prompt, self.prompt.scene
-        if rated and prompt.flow is not None:
-            with prompt.run.clock.measure("selection"):
-                seen = (prompt.flow, kwargs["inputs_embeds"], prompt.real)
-                self.raters.update({which: Raters.choose(*seen, which) for which in rated})
+        prompt.stage = None
+        if scene is not None:
+            prompt.run.refuse_checkpointing(module, prompt.view.checkpointing)
+        self.hearing.begin(kwargs.get("inputs_embeds"))
         self.start = NOMINAL if scene is None else scene.rows.slot.shape[1]
         self.first = [NOMINAL] if prompt.flow is None else prompt.flow.first
         self.counts = None if scene is None or scene.rows.mask is None else scene.rows.mask.sum(1).tolist()
@@ -276,32 +164,15 @@ class LayerSite:
     def _signal(self, number: int, ahead: Ahead | None, need: Need) -> Tensor:
         if ahead is not None and is_ahead(need):
             return ahead.signal(need)
-        assert self.prompt.flow is not None
-        found, flow = self.heard.get((self._read_at(need, number), need)), self.prompt.flow
-        if found is not None:
-            signal = found.over(flow)
-            return signal if need.heads else signal.movedim(1, -1) if isinstance(need, LayerValues) else signal[:, 0]
+        heard = self.hearing.signal(self._read_at(need, number), need)
+        if heard is not None:
+            return heard
+        flow = self.prompt.flow
+        assert flow is not None
         if isinstance(need, PromptNumber):
             return prompt_number(flow)
-        if isinstance(need, TextAttention):
-            rated, columns, length = self.rated[self._read_at(need, number), need]
-            at = columns.gather(1, flow.scene.rows.slot)
-            return rated.gather(1, (at % length).clamp(max=rated.shape[1] - 1))
-        if isinstance(need, RaterRank):
-            return self.ranks[self._read_at(need, number), need.raters]
-        at = flow.at.clamp(max=flow.layout.batch * flow.length - 1)
-        sample, column = at // flow.length, at % flow.length
         if isinstance(need, Entered):
-            return torch.tensor(self.counts or [self.start] * len(at), device=at.device)[:, None]
-        if isinstance(need, NeuronCounts):
-            return neurons.counts(self.fired[self._read_at(need, number), need.top], self.prompt.real)[sample[:, 0]]
-        if isinstance(need, Neurons):
-            fired = self.fired[self._read_at(need, number), need.top]
-            if need.token is None:
-                return fired[sample, column]
-            last = self.prompt.last
-            last = torch.full_like(sample[:, 0], fired.shape[1] - 1) if last is None else last[sample[:, 0]]
-            return fired[sample[:, 0], (last + 1 - need.token).clamp(min=0)]
+            return torch.tensor(self.counts or [self.start] * len(flow.at), device=flow.at.device)[:, None]
         return self.prompt.encoded(need, 0)
 
     def _ahead(self, number: int, hidden: Tensor, kwargs: dict) -> Ahead:
@@ -345,106 +216,3 @@ class LayerSite:
         zero = zero.index_put((flow.at.flatten(),), gone.flatten())[:-1].view(flow.layout.batch, 1, flow.length, 1)
         zero = torch.nn.functional.pad(zero, (0, 0, layer.keys.shape[2] - flow.length, 0))
         layer.keys, layer.values = (states.masked_fill(zero, 0) for states in (layer.keys, layer.values))
-
-
-class _Listener(Listener):
-    """Hears the attention of one layer while pictures come in: the last token's, that of the text, its PageRank, or values."""
-
-    def __init__(self, site: LayerSite, number: int, needs: set[Need]) -> None:
-        self.site, self.number, self.needs = site, number, needs
-        self.kinds = set(map(type, needs))
-        self.text = [need for need in needs if isinstance(need, TextAttention)]
-        self.ranks = [need for need in needs if isinstance(need, RaterRank)]
-
-    def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
-        prompt = self.site.prompt
-        if prompt.flow is None:
-            return
-        past = key.shape[2] - query.shape[2]
-        with prompt.run.clock.measure("selection"):
-            cut = None if prompt.stage is None else prompt.stage.cut
-            asked = {(need.raters, need.unbiased, need.strongest): None for need in self.text}
-            for which, unbiased, strongest in {**asked, **{(need.raters, False, None): None for need in self.ranks}}:
-                needs = [
-                    each for each in self.text if (each.raters, each.unbiased, each.strongest) == (which, unbiased, strongest)
-                ]
-                plain = not unbiased and strongest is None
-                *both, rank = self.site.raters[which].attention(
-                    query,
-                    key,
-                    mask,
-                    scale,
-                    prompt.flow,
-                    cut,
-                    peaks=any(need.peak for need in needs),
-                    ranked=plain and any(need.raters == which for need in self.ranks),
-                    ones=self._ones(query) if unbiased else None,
-                    strongest=strongest,
-                    softcap=extra.get("softcap"),
-                )
-                if rank is not None:
-                    self.site.ranks[self.number, which] = rank
-                for need in needs:
-                    seen = both[need.peak]
-                    self.site.rated[self.number, need] = (seen[:, past:], prompt.flow.columns, prompt.flow.length)
-            for need in self.needs:
-                if isinstance(need, LayerValues):
-                    self._hear(need, value[:, :, past:].mean(1).transpose(1, 2))
-                elif isinstance(need, PageRank):
-                    self._hear(need, self._ranks(need, query, key, mask, scale, extra.get("softcap"))[:, None])
-            if LastAttention not in self.kinds and LastSimilarity not in self.kinds:
-                return
-            # (B,) the last token, among the new ones
-            last = query.new_full((query.shape[0],), query.shape[2] - 1, dtype=torch.long) if prompt.last is None else prompt.last
-            if mask is not None:
-                mask = mask[:, None, None].bool() if mask.dim() == 2 else _row(mask, last)
-            softcap = extra.get("softcap")
-            for kind, states, others, at, cap in (
-                (LastAttention, query, key, last, softcap),
-                (LastSimilarity, value, value, last + past, None),
-            ):
-                if kind in self.kinds:
-                    rows = attention.rows(_row(states, at), others, scale, mask, softcap=cap)[:, :, 0]
-                    for need in self.needs:
-                        if isinstance(need, kind):
-                            self._hear(need, rows, past)
-
-    def _ones(self, query: Tensor) -> Tensor:
-        """(B, L, d) a vector of ones, rotated to the position of every column of this forward."""
-        view, rotary = self.site.prompt.view, self.site.rotary
-        assert rotary is not None
-        cos, sin = (part.float().expand(query.shape[0], -1, -1) for part in rotary)
-        ones = torch.ones_like(query[:, :1], dtype=torch.float32)
-        return view.rotated(view.layers[self.number], ones, cos, sin)[:, 0]
-
-    def _hear(self, need: Need, rows: Tensor, past: int = 0) -> None:
-        assert self.site.prompt.flow is not None
-        self.site.heard[self.number, need] = Heard(rows, past, self.site.prompt.flow)
-
-    @torch.no_grad()
-    def _ranks(
-        self, need: PageRank, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-    ) -> Tensor:
-        """(B, L) over this forward's columns. Keys cached before only receive, as nothing attends to what is behind it."""
-        batch, heads, length, _ = query.shape
-        past, everyone = key.shape[2] - length, torch.arange(batch, device=query.device)
-        real = self.site.prompt.real
-        real = query.new_ones(batch, length, dtype=torch.bool) if real is None else real
-
-        def rows(begin: int, stop: int) -> Tensor:
-            keys = key[:, :, : past + stop]
-            if mask is None or mask.dim() == 2:
-                column = torch.arange(begin, stop, device=key.device).expand(batch, -1)
-                seen = row_mask(None if mask is None else mask[:, : past + stop], keys, past, everyone, column)
-            else:
-                seen = mask[:, :, begin:stop, : past + stop]
-            cap = None if softcap is None else softcap / need.temperature
-            share = attention.rows(query[:, :, begin:stop], keys, scale / need.temperature, seen, softcap=cap)[..., past:]
-            return share.masked_fill(~real[:, None, begin:stop, None], 0)  # a row of padding may see no key at all
-
-        return importance(pagerank(rows, real / real.sum(1, keepdim=True), heads, need.rounds, need.block))
-
-
-def _row(x: Tensor, at: Tensor) -> Tensor:
-    """(B, H, 1, n) one row of x (B or 1, H, L, n) for each sample, at (B,)."""
-    return gather(x.expand(at.shape[0], -1, -1, -1).transpose(1, 2), at[:, None]).transpose(1, 2)

@@ -16,8 +16,8 @@ from .encoder import EncoderSite, behind
 from .flow import Cut, Flow, Memory, Rows, Scene, Step
 
 if TYPE_CHECKING:
-    from .layers import Stage
     from .run import Run
+    from .stage import Stage
 
 
 class Prompt:
