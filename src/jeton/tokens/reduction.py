@@ -1,10 +1,4 @@
-"""The two values that flow through every room: `Tokens`, and the `Reduction` that makes fewer of them.
-
-A reduction is a sparse matrix ``A`` of shape (K, N): ``new = A @ old``. Pruning has one-hot rows, merging weighted rows, soft
-clustering dense rows. Everything else (features, sizes, positions, masks, un-merging, pictures) follows from ``A`` here.
-
-Letters: B rows (one row is one image, or one picture inside an encoder), N tokens before, K tokens after, D width.
-"""
+"""Fewer tokens as a matrix in compact form: made, applied, chained, undone."""
 
 from __future__ import annotations
 
@@ -14,109 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .place import Place
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens on their way through a model.
-
-    features: (B, N, D). mask: (B, N) true where the token is real, None when all are. index: (B, N) original index of each
-    token, None for 0..N-1. size: (B, N) how many originals each token stands for, None for 1. prefix: how many special tokens
-    (class, registers) stand in front; no method reduces those. place: the geometry, where it is known. order: (B, N) rank of
-    each token in the listing of the published method, None where the tokens stand in that order already. score: (B, N) a score
-    that a method carries from block to block, None where it carries none. memory: (B, ...) whatever else a method carries, which
-    reductions leave alone. policy: (B, N) in training only, the weight with which later blocks see each token (0: masked); None
-    for 1.
-    """
-
-    features: Tensor
-    mask: Tensor | None = None
-    index: Tensor | None = None
-    size: Tensor | None = None
-    prefix: int = 0
-    place: Place | None = None
-    order: Tensor | None = None
-    score: Tensor | None = None
-    memory: Tensor | None = None
-    policy: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.features.dim() != 3:
-            raise ValueError(f"Tokens.features must be (B, N, D), got {tuple(self.features.shape)}.")
-        for name in ("mask", "index", "size", "order", "score", "policy"):
-            value = getattr(self, name)
-            if value is not None and value.shape != self.features.shape[:2]:
-                raise ValueError(f"Tokens.{name} must be {tuple(self.features.shape[:2])}, got {tuple(value.shape)}.")
-
-    def __len__(self) -> int:
-        return self.features.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.features.device
-
-    @property
-    def real(self) -> Tensor:
-        """(B, N) true where the token is real."""
-        return self.mask if self.mask is not None else self.features.new_ones(self.features.shape[:2], dtype=torch.bool)
-
-    @property
-    def origin(self) -> Tensor:
-        """(B, N) original index of each token."""
-        if self.index is not None:
-            return self.index
-        return torch.arange(len(self), device=self.device).expand(self.features.shape[0], -1)
-
-    @property
-    def weight(self) -> Tensor:
-        """(B, N) float32: how many originals each token stands for."""
-        if self.size is not None:
-            return self.size
-        return torch.ones(self.features.shape[:2], dtype=torch.float32, device=self.device)
-
-    def count(self) -> Tensor:
-        """(B,) number of real tokens."""
-        return self.real.sum(1)
-
-    @property
-    def seen(self) -> Tensor:
-        """(B, N) float32: the weight with which each token is seen; padding is not."""
-        return self.real.float() if self.policy is None else self.policy
-
-
-@dataclass(frozen=True)
-class Entries:
-    """A matrix as the list of its entries: ``A[row, column] = value``, each (B, E). Entries of value 0 say nothing."""
-
-    row: Tensor
-    column: Tensor
-    value: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Entries:
-        """The entries of some matrices of the batch."""
-        return Entries(self.row[rows], self.column[rows], self.value[rows])
-
-    def mix(self, x: Tensor, k: int) -> Tensor:
-        """``A @ x`` in float32 for x (B, N, C), giving (B, k, C); never more than N products at a time."""
-        b, n, c = x.shape
-        base = torch.arange(b, device=x.device)[:, None] * k
-        out = torch.zeros(b * k, c, dtype=torch.float32, device=x.device)
-        for start in range(0, self.row.shape[1], n):
-            part = slice(start, start + n)
-            products = gather(x, self.column[:, part]).float() * self.value[:, part, None]
-            out = out.index_add(0, (self.row[:, part] + base).flatten(), products.flatten(0, 1))
-        return out.unflatten(0, (b, k))
-
-    def sizes(self, old: Tensor, k: int) -> Tensor:
-        """(B, k) sizes after, where each old token of size old (B, N) is shared by the new ones in proportion to its entries."""
-        total = torch.zeros_like(old).scatter_add(1, self.column, self.value)
-        share = self.value * (old / total.clamp(min=1e-12)).gather(1, self.column)
-        return old.new_zeros(old.shape[0], k).scatter_add(1, self.row, share)
-
-    def dense(self, k: int, n: int) -> Tensor:
-        flat = self.value.new_zeros(self.value.shape[0], k * n)
-        return flat.scatter_add(1, self.row * n + self.column, self.value).unflatten(1, (k, n))
+from .entries import Entries, gather
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -417,12 +310,6 @@ class Reduction:
             raise ValueError(
                 f"this reduction takes ({self.index.shape[0]}, {self.n}) tokens, got {tuple(tokens.features.shape[:2])}."
             )
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, N, ...) at index (B, K), giving (B, K, ...)."""
-    shape = index.shape + (1,) * (x.dim() - 2)
-    return x.gather(1, index.reshape(shape).expand(*index.shape, *x.shape[2:]))
 
 
 def _bordered(matrix: Tensor, prefix: int) -> Tensor:
