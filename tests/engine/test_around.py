@@ -91,6 +91,15 @@ def test_keeping_everything_changes_no_bit_and_a_seed_gives_the_same(unet):
         assert not torch.equal(drawn(unet), drawn(unet))  # every forward draws its own receivers
 
 
+def test_every_block_of_every_forward_draws_receivers_of_its_own(dit):
+    held, x = around(dit, "tomesd"), torch.randn(1, 36, 16)
+    held.remove()
+    held.shape, drawn = (6, 6), set()
+    for held.forwards in range(3):
+        drawn |= {tuple(held.decide(number, x).index[0].tolist()) for number in range(3)}
+    assert len(drawn) == 9
+
+
 @torch.no_grad()
 def test_coarser_grids_are_merged_where_asked(unet):
     with around(unet, "tomesd", downsample=2, around=("attention", "mlp")) as held:

@@ -6,6 +6,7 @@ Hooks alone: whatever attention processor a model uses, it is handed fewer token
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Around:
         if step is None:
             return None
         if hasattr(step, "seed"):
-            object.__setattr__(step, "seed", step.seed + self.forwards * len(self.blocks))  # steps are made for this call alone
+            step = replace(step, seed=step.seed + self.forwards * len(self.blocks))
         reduction = step.reduce(Tokens(x, place=Place.grid(x.shape[0], *grid, x.device)))
         if reduction.is_identity:
             return None
