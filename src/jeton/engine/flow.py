@@ -26,14 +26,10 @@ class Step:
     after: Rows
 
     def pick(self, images: Tensor) -> Step:
-        r = self.reduction
-        fields: dict[str, Any] = {name: None if value is None else value[images] for name, value in _parts(r).items()}
-        return Step(self.before.pick(images), replace(r, **fields), self.prefix, self.after.pick(images))
-
-
-def _parts(reduction: Reduction) -> dict[str, Tensor | Entries | None]:
-    names = ("index", "assign", "weight", "matrix", "mask", "order", "score", "entries")
-    return {name: getattr(reduction, name) for name in names}
+        parts: dict[str, Any] = {
+            name: value[images] for name, value in vars(self.reduction).items() if isinstance(value, Tensor | Entries)
+        }
+        return Step(self.before.pick(images), replace(self.reduction, **parts), self.prefix, self.after.pick(images))
 
 
 @dataclass
