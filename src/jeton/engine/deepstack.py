@@ -52,9 +52,7 @@ class Deepstack:
         at, batch, length = flow.columns, flow.layout.batch, flow.length
         # features come in the order of the prompts' visual columns
         shown = at.new_zeros(batch * length + 1).index_fill(0, at.flatten(), 1)
-        shown[-1] = 0
-        rank = (shown.cumsum(0) - 1).masked_fill(shown == 0, len(levels[0]))
-        row = rank[flow.at]
+        row = (shown.cumsum(0) - 1)[flow.at]
         flow.scene.deep = [padded(level)[row] for level in levels]
         kwargs[declared[0]] = range(len(levels))
 

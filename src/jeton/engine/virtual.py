@@ -151,14 +151,11 @@ class _Map:
         query = None if prompt.flow is None else owner[:, prompt.past :] - held
         return cls(owner.clamp(min=0), real, query, whole.cos, whole.sin)
 
-    def mask(self, dtype: torch.dtype, queries: int, window: int | None) -> Tensor:
-        """(B, 1, f, F) additive: causal, within the window, nobody but itself sees what is not there."""
+    def mask(self, dtype: torch.dtype, queries: int) -> Tensor:
+        """(B, 1, f, F) additive: causal, nobody but itself sees what is not there."""
         keys = torch.arange(self.owner.shape[1], device=self.owner.device)
         rows = keys[keys.shape[0] - queries :, None]
-        seen = keys <= rows
-        if window is not None:
-            seen = seen & (keys > rows - window)
-        allowed = seen & self.real[:, None, None] | (keys == rows)
+        allowed = (keys <= rows) & self.real[:, None, None] | (keys == rows)
         return torch.zeros(allowed.shape, dtype=dtype, device=keys.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
@@ -178,7 +175,7 @@ class _Listener(Listener):
         if map.query is not None:
             queries = map.query.shape[1]
             query = self._stretched(query, map.query.clamp(min=0), map.cos[:, -queries:], map.sin[:, -queries:])
-        own = map.mask(query.dtype, query.shape[2], extra.get("sliding_window"))
+        own = map.mask(query.dtype, query.shape[2])
         mixed, weights = original(query, key, value, own)
         return (mixed if map.query is None else _averaged(mixed, map.query, map.real[:, -queries:], short)), weights
 
