@@ -116,9 +116,11 @@ def test_what_was_learned_is_written_and_read_again(tmp_path: Path):
 
 
 def test_modules_are_single_precision_and_frozen_at_inference():
-    net = tiny.model("ViTModel", dtype=torch.bfloat16)
-    with apply(net, "dynamicvit", weights=trained.weights("dynamicvit")) as run:
+    net, source = tiny.model("ViTModel", dtype=torch.bfloat16), trained.weights("dynamicvit")
+    state = torch.get_rng_state()
+    with apply(net, "dynamicvit", weights=source) as run:
         weights = list(run.learned.parameters())
+    assert torch.equal(torch.get_rng_state(), state)  # modules that are read draw nothing
     assert weights and all(weight.dtype == torch.float32 and not weight.requires_grad for weight in weights)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from cases import AYA, GEMMA3, LLAVA, PALIGEMMA, PALIGEMMA2
 from references import CLOSE, TIGHT, difference, generated, masked_from, sights, view_of, visual
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from witness import Listening, Seen, watching
 
 import jeton
@@ -19,7 +20,7 @@ import tiny
 import tiny_aya
 import tiny_gemmas
 from jeton.engine import apply, watch
-from jeton.engine.masks import Whole, hidden, made, taken
+from jeton.engine.masks import Whole, held, hidden, looking_back, made, taken
 from jeton.method import get
 from jeton.needs import LastAttention
 
@@ -57,6 +58,17 @@ def test_rows_and_columns_are_taken_and_padding_is_hidden():
     assert both["a"].shape == (2, 1, 3, 3) and both["b"] is None
     # where a kernel would look back by itself, padding needs a mask
     assert taken(None, columns, columns, real, 6)[1, 0].long().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+def test_the_last_rows_look_back_at_all_columns():
+    assert looking_back(2, torch.zeros(1, 5))[0, 0].long().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_a_layer_hands_out_its_window_though_it_may_hold_more_for_a_while():
+    layer = DynamicSlidingWindowLayer(sliding_window=4)
+    assert held(SimpleNamespace(layers=[layer]), 0) == 0
+    layer.keys = torch.zeros(1, 1, 10, 2)  # as when it records for assisted decoding
+    assert held(SimpleNamespace(layers=[layer]), 0) == 3
 
 
 def test_a_row_of_padding_sees_itself_only():

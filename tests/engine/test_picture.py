@@ -46,6 +46,11 @@ def test_a_map_that_does_not_divide_the_picture_covers_it(image):
     assert drawn.max() <= 255 * DARK
 
 
+def test_rows_and_columns_of_a_map_are_those_of_the_picture(image):
+    drawn = pixels(overlay(image, torch.tensor([[0, 1, -1]])))
+    assert (drawn[:, :26] == pixels(image)[:, :26]).all() and drawn[:, 27:].max() <= 255 * DARK
+
+
 def test_the_size_is_the_width_and_the_shape_stays():
     assert overlay(Image.new("RGB", (40, 20)), torch.zeros(1, 1, dtype=torch.long), size=100).size == (100, 50)
 
