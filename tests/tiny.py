@@ -16,10 +16,6 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-from jeton.bridge import attach
 
 PAD, IMAGE, VIDEO, START, END, WORDS, VOCABULARY = 0, 3, 4, 5, 6, 10, 100  # token ids; words begin at WORDS
 INSIDE = (7, 8, 9)  # what families write between the tokens of one image
@@ -102,102 +98,6 @@ def tiny_dinov2_registers() -> nn.Module:
     return ready(transformers.Dinov2WithRegistersModel(config))
 
 
-def tiny_llava(siglip: bool = False, side: int = SIDE) -> nn.Module:
-    """LLaVA-1.5; with a SigLIP encoder it has no class token and hands on the last block's output, all of it."""
-    tower = transformers.SiglipVisionConfig if siglip else transformers.CLIPVisionConfig
-    config = transformers.LlavaConfig(
-        vision_config=tower(**vision(image_size=side * PATCH)),
-        text_config=transformers.LlamaConfig(**_text(), max_position_embeddings=1024),
-        image_token_id=IMAGE,
-        image_seq_length=side**2,
-        vision_feature_layer=-1 if siglip else -2,
-        vision_feature_select_strategy="full" if siglip else "default",
-    )
-    return ready(transformers.LlavaForConditionalGeneration(config))
-
-
-def tiny_bridged() -> nn.Module:
-    """LLaVA whose 14 x 14 patches are pooled to SIDE x SIDE tokens behind the projector."""
-    return attach(tiny_llava(side=2 * SIDE), "m3", tokens=SIDE**2)
-
-
-def tiny_llava_next() -> nn.Module:
-    """LLaVA-NeXT: crops of 6 x 6 patches, up to 2 x 2 or 1 x 3 of them."""
-    side = 24
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision(image_size=side)),
-        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
-        image_token_id=IMAGE,
-        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [side, 3 * side]],
-        vision_feature_layer=-2,
-    )
-    return ready(transformers.LlavaNextForConditionalGeneration(config))
-
-
-def tiny_bridged_next() -> nn.Module:
-    """LLaVA-NeXT whose crops' 6 x 6 patches are pooled to 3 x 3 tokens behind the projector."""
-    return attach(tiny_llava_next(), "m3", tokens=9)
-
-
-def tiny_llava_next_video() -> nn.Module:
-    """LLaVA-NeXT-Video: frames of 6 x 6 patches pooled to 3 x 3."""
-    side = 24
-    config = transformers.LlavaNextVideoConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision(image_size=side)),
-        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
-        vision_feature_layer=-2,
-    )
-    return ready(transformers.LlavaNextVideoForConditionalGeneration(config))
-
-
-def tiny_llava_onevision() -> nn.Module:
-    """LLaVA-OneVision: tiles of 5 x 5 patches; more than two tiles' worth are resized; frames are pooled to 3 x 3."""
-    side = 20
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**vision(image_size=side, vision_use_head=False)),
-        text_config=transformers.Qwen2Config(**_text(), max_position_embeddings=1024),
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        image_grid_pinpoints=[[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side]],
-        vision_aspect_ratio="anyres_max_2",
-    )
-    return ready(transformers.LlavaOnevisionForConditionalGeneration(config))
-
-
-def _qwen(**tower: Any) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    return {
-        "vision_config": {"depth": 5, "num_heads": 4, "patch_size": PATCH, **tower},
-        "text_config": {**_text(), "max_position_embeddings": 1024, "rope_parameters": rope},
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
-    }
-
-
-def tiny_qwen2_vl() -> nn.Module:
-    config = transformers.Qwen2VLConfig(**_qwen(embed_dim=32, mlp_ratio=2, hidden_size=64))
-    return ready(transformers.Qwen2VLForConditionalGeneration(config))
-
-
-def tiny_qwen2_5_vl() -> nn.Module:
-    tower = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower, window_size=4 * PATCH, fullatt_block_indexes=[1, 4]))
-    return ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
-
-
-def tiny_qwen_tower() -> nn.Module:
-    return ready(Qwen2_5_VisionTransformerPretrainedModel(tiny_qwen2_5_vl().config.vision_config))
-
-
-def tiny_qwen2_tower() -> nn.Module:
-    return ready(Qwen2VisionTransformerPretrainedModel(tiny_qwen2_vl().config.vision_config))
-
-
 # one builder for each class name an adapter is registered under; several for one class where variants matter
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "CLIPVisionModel": tiny_clip,
@@ -208,25 +108,6 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "DeiTModel": tiny_deit,
     "Dinov2Model": tiny_dinov2,
     "Dinov2WithRegistersModel": tiny_dinov2_registers,
-    "Qwen2_5_VisionTransformerPretrainedModel": tiny_qwen_tower,
-    "Qwen2VisionTransformerPretrainedModel": tiny_qwen2_tower,
-    "LlavaForConditionalGeneration": tiny_llava,
-    "BridgedLlava": tiny_bridged,
-    "BridgedLlavaNext": tiny_bridged_next,
-    "LlavaForConditionalGeneration-siglip": lambda: tiny_llava(siglip=True),
-    "LlavaModel": lambda: tiny_llava().model,
-    "BridgedLlavaModel": lambda: tiny_bridged().model,
-    "BridgedLlavaNextModel": lambda: tiny_bridged_next().model,
-    "LlavaNextForConditionalGeneration": tiny_llava_next,
-    "LlavaNextModel": lambda: tiny_llava_next().model,
-    "LlavaNextVideoForConditionalGeneration": tiny_llava_next_video,
-    "LlavaNextVideoModel": lambda: tiny_llava_next_video().model,
-    "LlavaOnevisionForConditionalGeneration": tiny_llava_onevision,
-    "LlavaOnevisionModel": lambda: tiny_llava_onevision().model,
-    "Qwen2VLForConditionalGeneration": tiny_qwen2_vl,
-    "Qwen2VLModel": lambda: tiny_qwen2_vl().model,
-    "Qwen2_5_VLForConditionalGeneration": tiny_qwen2_5_vl,
-    "Qwen2_5_VLModel": lambda: tiny_qwen2_5_vl().model,
 }
 
 
@@ -267,13 +148,7 @@ class Sample:
 
 
 # what the three prompts of a family show
-SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
-    "llava": [((),), ((), ()), ((),)],
-    "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
-    "llava_next_video": [((20, 47),), ((40, 46), (48, 25)), ((2,),)],
-    "llava_onevision": [((36, 40),), ((20, 36), (36, 20)), ((2,),)],
-    "qwen2": [((1, 8, 12),), ((1, 6, 6), (1, 8, 4)), ((2, 6, 8),)],
-}
+SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = {}
 
 
 def samples(net: nn.Module) -> list[Sample]:
@@ -394,90 +269,8 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     return inputs
 
 
-def _llava_pictures(
-    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
-) -> tuple[Inputs, list[int], list[int]]:
-    config = net.config.vision_config
-    pixels = torch.randn(len(images), 3, config.image_size, config.image_size, generator=generator)
-    return {"pixel_values": pixels}, [net.config.image_seq_length] * len(images), [IMAGE] * len(images)
-
-
-def _next_pictures(
-    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
-) -> tuple[Inputs, list[int], list[int]]:
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    side = net.config.vision_config.image_size
-    crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
-    pixels = torch.zeros(len(images), max(crops), 3, side, side)
-    for image, count in enumerate(crops):
-        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
-    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(images)}
-    base = getattr(net, "model", net)
-    with torch.no_grad():
-        dtype = next(net.parameters()).dtype
-        features = base.get_image_features(pixels.to(dtype), inputs["image_sizes"]).pooler_output
-    return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
-
-
-def _crops_or_frames(
-    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
-) -> tuple[Inputs, list[int], list[int]]:
-    """Any-resolution images, or one video, of LLaVA-NeXT-Video and LLaVA-OneVision; the latter cuts only single images."""
-    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-
-    side, single = net.config.vision_config.image_size, net.config.model_type == "llava_onevision"
-    base, dtype = getattr(net, "model", net), next(net.parameters()).dtype
-    if len(images[0]) == 1:
-        frames = torch.randn(1, images[0][0], 3, side, side, generator=generator)
-        with torch.no_grad():
-            count = base.get_video_features(frames.to(dtype)).pooler_output.shape[1]
-        return {"pixel_values_videos": frames, **_told(single, 0)}, [count], [VIDEO]
-    crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
-    if single and len(images) > 1:
-        crops = [1] * len(images)
-    pixels = torch.zeros(len(images), max(crops), 3, side, side)
-    for image, count in enumerate(crops):
-        pixels[image, :count] = torch.randn(count, 3, side, side, generator=generator)
-    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(images), **_told(single, len(images))}
-    with torch.no_grad():
-        features = base.get_image_features(**{**inputs, "pixel_values": pixels.to(dtype)}).pooler_output
-    return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
-
-
-def _told(single: bool, images: int) -> Inputs:
-    """LLaVA-OneVision is told how many images each prompt has."""
-    return {"batch_num_images": torch.tensor([images])} if single else {}
-
-
-def _qwen_pictures(
-    net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
-) -> tuple[Inputs, list[int], list[int]]:
-    width = 3 * 2 * PATCH * PATCH
-    kinds: dict[str, list[tuple[int, ...]]] = {"image": [], "video": []}
-    pixels: dict[str, list[Tensor]] = {"image": [], "video": []}
-    marks = []
-    for t, h, w in images:
-        kind = "image" if t == 1 else "video"
-        kinds[kind].append((t, h, w))
-        pixels[kind].append(torch.randn(t * h * w, width, generator=generator))
-        marks.append(IMAGE if t == 1 else VIDEO)
-    inputs: Inputs = {}
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if kinds[kind]:
-            inputs[name] = torch.cat(pixels[kind])
-            inputs[f"{kind}_grid_thw"] = torch.tensor(kinds[kind])
-    return inputs, [t * h * w // 4 for t, h, w in images], marks
-
-
 # for each family what makes pixels, the counts of their tokens, and the token they are written with or all that is written
-PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {
-    "llava": _llava_pictures,
-    "llava_next": _next_pictures,
-    "llava_next_video": _crops_or_frames,
-    "llava_onevision": _crops_or_frames,
-    "qwen2": _qwen_pictures,
-}
+PICTURES: dict[str, Callable[..., tuple[Inputs, list[int], list[Any]]]] = {}
 # the first position, where it is not 0
 FIRST: dict[str, int] = {}
 # for families that are told which tokens see each other, `token_type_ids` of a prompt
@@ -560,7 +353,8 @@ def result(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-import tiny_aimv2  # noqa: E402, F401 - families in files of their own join the tables above
+# families in files of their own join the tables above
+import tiny_aimv2  # noqa: E402, F401
 import tiny_aya  # noqa: E402, F401
 import tiny_cohere2  # noqa: E402, F401
 import tiny_encoders  # noqa: E402, F401
@@ -572,3 +366,5 @@ import tiny_ovis2  # noqa: E402, F401
 import tiny_pixtral  # noqa: E402, F401
 import tiny_qwen3_vl  # noqa: E402, F401
 import tiny_vit_msn  # noqa: E402, F401
+from tiny_llava import tiny_llava, tiny_llava_next, tiny_llava_onevision  # noqa: E402, F401
+from tiny_qwen2_vl import tiny_qwen2_5_vl  # noqa: E402, F401

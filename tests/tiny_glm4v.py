@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import tiny
+import tiny_qwen2_vl
 from tiny_qwen3_vl import written
 
 
@@ -42,7 +43,7 @@ def tiny_glm4v_tower() -> nn.Module:
 def pictures(
     net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
 ) -> tuple[tiny.Inputs, list[int], list[Tensor]]:
-    inputs, counts, _ = tiny._qwen_pictures(net, images, generator)
+    inputs, counts, _ = tiny_qwen2_vl.pictures(net, images, generator)
     marks = [written(frames, count // frames, tiny.IMAGE) for (frames, *_), count in zip(images, counts, strict=True)]
     return inputs, counts, marks
 

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import tiny
+import tiny_qwen2_vl
 
 TIME = 9
 
@@ -43,7 +44,7 @@ def pictures(
     net: nn.Module, images: Sequence[tuple[int, ...]], generator: torch.Generator
 ) -> tuple[tiny.Inputs, list[int], list[Tensor]]:
     """Images are grids (time, height, width) of patches; time above 1 is a video, whose frames are runs of their own."""
-    inputs, counts, marks = tiny._qwen_pictures(net, images, generator)
+    inputs, counts, marks = tiny_qwen2_vl.pictures(net, images, generator)
     return (
         inputs,
         counts,
