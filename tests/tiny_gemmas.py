@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 import tiny
+import tiny_llava
 
 WINDOW = 60  # longer than an image, shorter than the longest prompts
 
@@ -73,7 +74,7 @@ tiny.BUILDERS |= {
     "Gemma3Model": lambda: tiny_gemma3().model,
 }
 for _family in ("paligemma", "gemma3"):
-    tiny.SHAPES[_family] = tiny.SHAPES["llava"]
+    tiny.SHAPES[_family] = tiny_llava.SQUARE
     tiny.PICTURES[_family] = _pictures
 tiny.FIRST["paligemma"] = 1
 tiny.TYPES |= {"paligemma": torch.zeros_like, "gemma3": lambda ids: (ids == tiny.IMAGE).long()}

@@ -1,4 +1,4 @@
-"""Tiny LLaVAs of every kind, with bridges and without, and prompts with single pictures, crops or frames."""
+"""Tiny LLaVAs of every kind, bridged ones too, and prompts with single pictures, crops or frames. `tiny` is imported first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 import tiny
 from jeton.bridge import attach
+
+SQUARE: list[tuple[tuple[int, ...], ...]] = [((),), ((), ()), ((),)]  # what three prompts show where pictures have one size
 
 
 def tiny_llava(siglip: bool = False, side: int = tiny.SIDE) -> nn.Module:
@@ -149,7 +151,7 @@ tiny.BUILDERS |= {
     "LlavaOnevisionModel": lambda: tiny_llava_onevision().model,
 }
 tiny.SHAPES |= {
-    "llava": [((),), ((), ()), ((),)],
+    "llava": SQUARE,
     "llava_next": [((40, 46),), ((20, 47), (48, 25)), ((16, 70),)],
     "llava_next_video": [((20, 47),), ((40, 46), (48, 25)), ((2,),)],
     "llava_onevision": [((36, 40),), ((20, 36), (36, 20)), ((2,),)],

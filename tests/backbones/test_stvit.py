@@ -8,18 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention, unfold
 from transformers import AutoModelForImageClassification, SwinConfig, SwinForImageClassification
 
 import tiny
-from jeton.backbones.stvit import (
-    SWINS,
-    LocalGeneration,
-    ReadingBlock,
-    SemanticGroup,
-    STSwin,
-    STSwinConfig,
-    STViT,
-    STViTConfig,
-    regions,
-    seeds,
-)
+from jeton.backbones._semantic import LocalGeneration, ReadingBlock, SemanticGroup, regions, seeds
+from jeton.backbones.stvit import SWINS, STSwin, STSwinConfig, STViT, STViTConfig
 from jeton.measure.counts import count
 from jeton.recipes import stvit as recipe
 
