@@ -52,3 +52,12 @@ def test_padding_stays_padding():
     with jeton.apply(model, "tome(r=4)") as run:
         model(**inputs)
         assert torch.equal(run.restored.mask.sum(1), torch.tensor([image.before for image in run.report().images]))
+
+
+@torch.no_grad()
+def test_what_is_restored_on_the_way_is_padded_as_before():
+    model = tiny.model("Siglip2VisionModel")
+    inputs = tiny.inputs_for(model)
+    with jeton.apply(model, "tome(keep=0.4)", restore=True) as run:
+        model(**inputs)
+        assert torch.equal(run.tokens.real, inputs["pixel_attention_mask"].bool())

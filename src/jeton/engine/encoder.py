@@ -367,12 +367,12 @@ class EncoderSite(Standing):
         if self.run.train and step.masking:  # type: ignore[attr-defined]
             return self._soften(number, method, step, x)
         tokens, reduction = self._decide(number, method, step, x)
-        after = reduction.apply(tokens)
+        after, before = reduction.apply(tokens), self._state()
         self.score, self.memory = after.score, after.memory
         if reduction.is_identity:
             return x
         if method.restores:
-            self.held[id(method)] = (len(self.history), {**self._state(), "score": tokens.score, "memory": tokens.memory})
+            self.held[id(method)] = (len(self.history), before)
             self.lent = True
         self.listeners[number].reduced(reduction)
         # sizes are carried whether or not attention sees them: they weigh the mean of later merges

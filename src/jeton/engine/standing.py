@@ -38,7 +38,7 @@ class Standing:
 
     def forget(self) -> None:
         """What is handed on stands for itself: all patches again, or tokens of a method's own."""
-        self.reduction, self.mask, self.variance = None, self.start_mask, None
+        self.reduction, self.mask = None, self.start_mask
         self.size, self.order, self.score, self.memory, self.policy = None, None, None, None, None
 
     def tokens(self, x: Tensor) -> Tokens:
@@ -68,7 +68,7 @@ class Standing:
         return done
 
     def _state(self) -> dict[str, Any]:
-        names = ("reduction", "size", "order", "score", "memory", "mask", "variance", "lent")
+        names = ("reduction", "size", "order", "score", "memory", "mask", "lent")
         return {name: getattr(self, name) for name in names}
 
     def _set(self, state: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Standing:
     def _undo(self, number: int, method: Method, x: Tensor) -> Tensor:
         """The tokens there were before this method's last reduction, whatever has been done since."""
         start, state = self.held.pop(id(method), (0, {}))
-        if not state:
+        if not state or start in self.undone_at:  # another's tokens, given back, have brought these along
             return x
         for at in reversed(range(start, len(self.history))):
             if at not in self.undone_at:
