@@ -248,9 +248,12 @@ def test_projections_nobody_reads_do_not_run():
 
 @torch.no_grad()
 def test_what_later_methods_hear_does_not_depend_on_where_attention_came_from():
-    """A block whose map was taken ahead still tells its keys to whoever asks."""
+    """A block whose map was taken ahead still tells its own queries and keys to whoever asks."""
     model = tiny.model("ViTModel")
-    inputs = tiny.inputs_for(model)
-    with jeton.apply(model, "mctf(r=6) | fastervlm(keep=9)"):
-        out = model(**inputs).last_hidden_state
-    assert out.shape[1] == 10 and out.isfinite().all()
+    inputs, heard = tiny.inputs_for(model), []
+    for ahead in (True, False):
+        with jeton.apply(model, f"mctf(r=6, blocks=(4,), ahead={ahead}) | fastervlm(keep=9)") as run:
+            out = model(**inputs).last_hidden_state
+            heard += [run.site.flat(need) for need in run.site.records]
+        assert out.shape[1] == 10 and out.isfinite().all()
+    assert torch.equal(*heard) and len(heard[0].unique()) > 9

@@ -155,5 +155,11 @@ def test_a_score_heard_where_attention_was_short_is_given_back_to_all():
     with jeton.apply(model, "tomesd(keep=0.3) | fastervlm(keep=30)") as run:
         model(**inputs)
         kept = run.tokens.origin[:, 1:] - 1
+        (heard,) = run.site.undone
+        score = run.site.flat(heard).view(3, 49, -1)
     step_receives = 15  # tokens that attention saw
     assert kept.shape[1] == 30 > step_receives and all(row.unique().numel() == 30 for row in kept)
+    assert (score > 0).all() and all(len(row.unique(dim=0)) <= step_receives for row in score)
+    with jeton.apply(model, "tomesd(keep=0.3, blocks=(0,)) | fastervlm(keep=30)") as run:
+        model(**inputs)
+        assert not run.site.undone and len(run.site.flat(heard)[:49].unique(dim=0)) == 49
