@@ -194,6 +194,19 @@ def test_it_composes_with_methods_that_reduce():
         apply(net, "ima(skip='ffn') | ima(skip='block')")
 
 
+def test_visual_tokens_are_found_anew_where_only_a_shorter_prompt_lost_some():
+    """The batch is as long as before, but its columns are not where they were."""
+    net = tiny.model(LANGUAGE[2])
+    long, short = tiny.Sample(((16, 70),), (1, 70), 3), tiny.Sample(((40, 46),), (4, 9), 1)
+    both, alone = tiny.prompts(net, [long, short]), tiny.prompts(net, [short])
+    visual = (both["input_ids"] == tiny.IMAGE).sum(1).tolist()
+    assert visual[0] < visual[1] and both["attention_mask"][1].sum() < both["attention_mask"][0].sum()
+    with apply(net, f"fastv(layer=2, keep={visual[0]}) | ima(skip='block', scope='visual')", newlines="pool") as run:
+        rows = [tiny.run(net, inputs)[-1, -1] for inputs in (both, alone)]
+        assert [image.after for image in run.report().images] == visual[:1]
+    assert difference(*rows) < CLOSE
+
+
 @pytest.mark.parametrize("scope", ["context", "visual"])
 @pytest.mark.parametrize("skip", SKIPS)
 def test_the_report_counts_what_ran(skip, scope):

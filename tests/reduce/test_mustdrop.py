@@ -303,6 +303,7 @@ def test_caches_that_hold_a_window_shrink_too(spec):
     assert difference(logits, right) < CLOSE and torch.equal(right.argmax(-1), new)
     lengths = [layer.keys.shape[2] for layer in output.past_key_values.layers]
     assert lengths[0] == lengths[2] == 59 < lengths[1] == lengths[3]
+    assert output.past_key_values.layers[2].get_seq_length() == lengths[1]  # what has come, be it beyond the window
     assert difference(logits[:, 1:], reference(net, method, decided, inputs, new, first=2)[:, 1:]) > 10 * CLOSE
 
 

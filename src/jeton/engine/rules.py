@@ -28,7 +28,7 @@ class RuleSite:
         self.skips: dict[int, Skip] = {}
         self.cores: dict[int, CoreNeurons] = {}
         self.ran: dict[int, tuple[str, int]] = {}
-        self._others: tuple[Flow, int, Tensor, Tensor] | None = None
+        self._others: tuple[Tensor, Tensor, Tensor] | None = None
         for method in methods:
             for layer, rule in method.rules(len(prompt.view.layers)).items():
                 shelf: dict[int, Any] = self.skips if isinstance(rule, Skip) else self.cores
@@ -115,12 +115,12 @@ class RuleSite:
     def _split(self, flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, 1) true at visual tokens, and the numbers of the others in the flattened sequence (one host sync a stage)."""
         known = self._others
-        if known is None or known[0] is not flow or known[1] != x.shape[1]:
+        if known is None or known[0] is not flow.columns:  # made anew by every cut
             skipped = torch.zeros(x.shape[:2].numel() + 1, dtype=torch.bool, device=x.device)
             skipped[flow.at.flatten()] = True
             skipped = skipped[:-1]
-            known = self._others = (flow, x.shape[1], skipped.view(*x.shape[:2], 1), (~skipped).nonzero().flatten())
-        return known[2], known[3]
+            known = self._others = (flow.columns, skipped.view(*x.shape[:2], 1), (~skipped).nonzero().flatten())
+        return known[1], known[2]
 
     def _remember(self, layer: nn.Module, normed: Tensor, given: dict) -> None:
         """Keys and values of tokens that do not run through the attention."""
