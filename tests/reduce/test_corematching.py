@@ -202,6 +202,16 @@ def test_decoding_with_core_neurons_equals_the_dense_mlp_with_the_others_at_zero
     assert difference(logits[:, 1:], zeroed(net, "corematching(keep=20)", decided, inputs, new, 0.6)[:, 1:]) > 100 * CLOSE
 
 
+def test_padding_activates_no_neurons():
+    net = tiny.model(LLAVA)
+    short, long, found = tiny.Sample(((),), (2, 4), 5), tiny.Sample(((),), (4, 60), 6), []
+    for chosen in ([short], [short, long]):
+        with apply(net, "corematching", keep=20, neurons=0.4) as run:
+            tiny.run(net, tiny.prompts(net, chosen), use_cache=True)
+            found.append([core.index[0].sort().values for core in run.rules.prompt.memory.core.values()])
+    assert len(found[0]) == 4 and all(map(torch.equal, *found))
+
+
 def test_beams_share_the_sliced_weights_and_say_what_the_zeroed_model_says():
     net = tiny.model(LLAVA)
     inputs = tiny.prompts(net, tiny.one_image(net))

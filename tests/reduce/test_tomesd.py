@@ -160,6 +160,9 @@ def test_a_score_heard_where_attention_was_short_is_given_back_to_all():
     step_receives = 15  # tokens that attention saw
     assert kept.shape[1] == 30 > step_receives and all(row.unique().numel() == 30 for row in kept)
     assert (score > 0).all() and all(len(row.unique(dim=0)) <= step_receives for row in score)
+    with jeton.apply(model, "tomesd(keep=0.3) | visionzip(keep=30)") as run:
+        model(**inputs)
+        assert {run.site.flat(need).shape for need in run.site.undone} == {(3 * 49, 4), (3 * 49, 8)}  # scores by head, keys
     with jeton.apply(model, "tomesd(keep=0.3, blocks=(0,)) | fastervlm(keep=30)") as run:
         model(**inputs)
         assert not run.site.undone and len(run.site.flat(heard)[:49].unique(dim=0)) == 49
