@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -144,11 +145,17 @@ def refusal(tmp_path: Path, what: str) -> tuple[str, dict]:
     if what == "no weights":
         other.write_text("words")
         return "no file of weights", {"weights": other}
+    if what == "another width":
+        with safe_open(trained.weights("dynamicvit"), "pt") as file:
+            told, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        first = next(iter(state))
+        save_file({**state, first: state[first].repeat(2, *(1,) * (state[first].dim() - 1))}, other, told)
+        return rf"first difference: {first}", {"weights": other}
     save_file({"a": torch.zeros(1)}, other, {"method": "another"} if what == "another" else {})
     return {"another": "weights of another, not of dynamicvit", "untold": "something else"}[what], {"weights": other}
 
 
-@pytest.mark.parametrize("what", ["none", "missing", "no weights", "another", "untold"])
+@pytest.mark.parametrize("what", ["none", "missing", "no weights", "another", "untold", "another width"])
 def test_without_its_weights_a_method_is_refused(tmp_path: Path, what: str):
     words, fields = refusal(tmp_path, what)
     with pytest.raises(ValueError, match=words):

@@ -58,7 +58,9 @@ def test_worked_diversity():
     assert diversity([rows(one.tolist())]).item() == pytest.approx(1.0)
     assert diversity([rows(torch.eye(n).tolist())]).item() == 0
     assert diversity([rows(torch.full((n, n), 1 / n).tolist())]).item() == 0
+    assert diversity([rows([[0.4, 0.2, 0.2, 0.2]] * 4)]).item() == 0  # below twice the uniform share
     half = 0.5 * torch.eye(n) + 0.5 * one
+    assert diversity([torch.stack([one, torch.eye(n)])[None]]).item() == pytest.approx(0.7437, abs=1e-4)  # heads are averaged
     assert diversity([rows(half.tolist())]).item() == pytest.approx(0.7437, abs=1e-4)
     assert diversity([rows(half.tolist()), rows(torch.eye(n).tolist())]).item() == pytest.approx(0.7437 / 2, abs=1e-4)
 

@@ -16,7 +16,7 @@ def box(*edges):
 def test_overlap_by_hand():
     a = box((0, 0, 4, 4), (10, 10, 12, 12))
     b = box((2, 2, 6, 6), (0, 0, 4, 4), (4, 0, 8, 4), (5, 5, 5, 9))
-    assert area(b).tolist() == [16, 16, 16, 0]
+    assert area(b).tolist() == [16, 16, 16, 0] and area(box((4, 0, 2, 6))).tolist() == [0]
     assert intersection(a, b)[0].tolist() == [4, 16, 0, 0]  # touching is not sharing
     assert iou(a, b)[0].tolist() == pytest.approx([4 / 28, 1, 0, 0])
     assert iou(a, b)[1].tolist() == [0, 0, 0, 0]

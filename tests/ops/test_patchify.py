@@ -18,6 +18,13 @@ def test_an_enlarged_patch_gives_the_same_product(old, new):
     assert (torch.einsum("dcij,ncij->nd", naive, large) - before).abs().max() > 1
 
 
+def test_a_kernel_that_sees_a_patch_reduced_becomes_the_one_it_sees_it_with():
+    patch, own = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(1, 3, 4, 4)
+    small = F.interpolate(patch, (4, 4), mode="bilinear", align_corners=False, antialias=True)
+    (kernel,) = torch.autograd.grad((small * own).sum(), patch)
+    torch.testing.assert_close(resample(kernel, 4), own, atol=1e-4, rtol=1e-4)
+
+
 def test_the_same_size_is_the_same_kernel():
     kernel = torch.randn(2, 1, 4, 4)
     assert resample(kernel, 4) is kernel

@@ -62,3 +62,13 @@ def test_choices_are_one_hot_and_the_likeliest_without_chance():
     assert (drawn.mean(0) - logits.exp()).abs().max() < 0.08
     drawn[..., 0].sum().backward()
     assert logits.grad.abs().sum() > 0
+
+
+def test_the_temperature_is_that_of_the_softmax_behind_a_choice():
+    logits, again = (torch.tensor([[0.3, 0.0, -0.4]], requires_grad=True) for _ in range(2))
+    torch.manual_seed(1)
+    gumbel_choice(logits, 0.5)[..., 0].sum().backward()
+    torch.manual_seed(1)
+    gumbel = -torch.empty(1, 3).exponential_().log()
+    ((again + gumbel) / 0.5).softmax(-1)[..., 0].sum().backward()
+    torch.testing.assert_close(logits.grad, again.grad)
