@@ -70,9 +70,10 @@ class BlockListener(Listener):
             mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
         with site.run.clock.measure("selection"):
             self.now = {need: measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
-            for need in set() if self.looking else self.late:
-                for part in self._calls(query, key, value, mask, extra):
-                    site.records[need].append(measure(need, *part, site.mask, scale))
+            late = set() if self.looking else self.late
+            calls = self._calls(query, key, value, mask, extra) if late else []
+            for need in late:
+                site.records[need] += [measure(need, *call, site.mask, scale) for call in calls]
                 site.records_at[need] = site.reduction
                 if site.lent:
                     site.undone.add(need)
