@@ -92,8 +92,10 @@ def test_break_tokens_are_not_words_of_the_question() -> None:
     inputs = tiny.inputs_for(net)
     with jeton.apply(net, "random", keep=0.5) as run:
         tiny.run(net, inputs)
-        between = run.layout.between
+        between, flow = run.layout.between, run.costs.flow
     assert torch.equal(between, inputs["input_ids"] == 7)
+    assert flow.length < between.shape[1] and flow.between.shape == (len(between), flow.length)  # they move with the columns
+    assert torch.equal(flow.between.sum(1), between.sum(1))
 
 
 @pytest.mark.parametrize("name", SIDES)
