@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ADAPTIVE, AT_ONCE, LANGUAGE, LANGUAGE_CASES, Case, each, view
+from cases import ADAPTIVE, AT_ONCE, LANGUAGE, LANGUAGE_CASES, LLAVA, Case, each, view
 from references import generated, sights
 from witness import snapshot
 
@@ -63,7 +63,7 @@ def test_every_method_prints_a_spec_that_makes_it_again(name: str) -> None:
     "arguments", [{"positions": "renumber"}, {"newlines": "yes"}, {"keep": 0}, {"kep": 0.5}, {"positions": None}]
 )
 def test_bad_options_of_apply_are_refused_before_anything_changes(arguments: dict[str, Any]) -> None:
-    net = tiny.model(LANGUAGE[0])
+    net = tiny.model(LLAVA)
     before = snapshot(net)
     with pytest.raises((ValueError, TypeError)):
         apply(net, "random", **arguments)
@@ -148,7 +148,7 @@ def test_features_given_as_embeddings_are_left_alone_and_the_report_says_so(name
 
 @pytest.mark.parametrize("spec", ["uniform(keep=0.3)", "divprune(keep=0.3)", "tome(keep=0.3)", "fastv(keep=0.3)"])
 def test_a_prompt_in_chunks_is_reduced_or_refused_or_left_alone_never_half_reduced(spec: str) -> None:
-    net = tiny.model(LANGUAGE[0])
+    net = tiny.model(LLAVA)
     inputs = tiny.inputs_for(net)
     how = {"max_new_tokens": 6, "prefill_chunk_size": 16}
     whole, words = generated(net, inputs, max_new_tokens=6).sequences, inputs["input_ids"].shape[1]

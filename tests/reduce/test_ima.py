@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BESIDE, LANGUAGE
+from cases import BESIDE, LANGUAGE, LLAVA, LLAVA_NEXT
 from references import CLOSE, TIGHT, difference, generated, view_of
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,6 @@ from jeton.engine import apply, watch
 from jeton.method import get, methods, reducers
 from jeton.models import adapt
 
-LLAVA = LANGUAGE[0]
 SKIPS = ["block", "ffn", "attention", "parallel"]
 
 
@@ -196,7 +195,7 @@ def test_it_composes_with_methods_that_reduce():
 
 def test_visual_tokens_are_found_anew_where_only_a_shorter_prompt_lost_some():
     """The batch is as long as before, but its columns are not where they were."""
-    net = tiny.model(LANGUAGE[2])
+    net = tiny.model(LLAVA_NEXT)
     long, short = tiny.Sample(((16, 70),), (1, 70), 3), tiny.Sample(((40, 46),), (4, 9), 1)
     both, alone = tiny.prompts(net, [long, short]), tiny.prompts(net, [short])
     visual = (both["input_ids"] == tiny.IMAGE).sum(1).tolist()
