@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import adapter
+from .registry import adapter
 from .vit import Dinov2
 
 

@@ -7,7 +7,8 @@ What its processor crops out of an image (pan and scan) it shows as images of th
 from __future__ import annotations
 
 from ..layout import Album, Geometry
-from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, VisionLanguage
+from .registry import adapt, adapter
 
 
 @adapter("Gemma3ForConditionalGeneration", "Gemma3Model")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Gated, Inputs, Parts, adapter
+from .base import Gated, Inputs, Parts
 from .qwen2_vl import Qwen2Tower, Qwen2VL
+from .registry import adapter
 
 
 @adapter("Glm4vVisionModel")

@@ -6,8 +6,9 @@ from torch import nn
 
 from ..layout import Geometry
 from ..method import Unsupported
-from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, VisionLanguage
 from .pixtral import BREAKS, Pixtral
+from .registry import adapt, adapter
 
 
 @adapter("LlavaForConditionalGeneration", "LlavaModel")

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..layout import NEWLINE, Geometry
-from .base import Inputs, adapter
+from .base import Inputs
 from .llava import Llava
+from .registry import adapter
 
 
 @adapter("LlavaNextForConditionalGeneration", "LlavaNextModel")

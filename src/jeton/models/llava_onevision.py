@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..layout import NEWLINE, Geometry
 from ..method import Unsupported
-from .base import Inputs, adapter
+from .base import Inputs
 from .llava_next import LlavaNext, bilinear_taps, pooled_frames
+from .registry import adapter
 
 
 @adapter("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")

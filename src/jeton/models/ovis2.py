@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
 from .internvl import seams, side_by_side
+from .registry import adapter
 
 
 class Ovis2Tower(Encoder):

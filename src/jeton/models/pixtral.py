@@ -13,7 +13,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..layout import Geometry
 from ..method import Unsupported
 from ..ops import pixels
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
+from .registry import adapt, adapter
 
 BREAKS = "the break tokens behind the rows of a picture"
 

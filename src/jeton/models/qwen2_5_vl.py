@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Inputs, adapter
+from .base import Inputs
 from .qwen2_vl import Qwen2Tower, Qwen2VL, ends_among
+from .registry import adapter
 
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")

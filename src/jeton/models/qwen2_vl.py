@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
+from .registry import adapter
 
 
 @adapter("Qwen2VisionTransformerPretrainedModel")

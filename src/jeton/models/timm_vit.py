@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..method import Unsupported
-from .base import Encoder, Parts, adapter
+from .base import Encoder, Parts
+from .registry import adapter
 
 
 @adapter("VisionTransformer", "VisionTransformerDistilled")

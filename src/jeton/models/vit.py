@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import Encoder, Parts, adapter
+from .base import Encoder, Parts
+from .registry import adapter
 
 
 @adapter("ViTModel")
