@@ -93,8 +93,8 @@ def tiny_deit() -> nn.Module:
     return ready(transformers.DeiTModel(transformers.DeiTConfig(**vision())))
 
 
-def tiny_dinov2() -> nn.Module:
-    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2))))
+def tiny_dinov2(**more: Any) -> nn.Module:
+    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2, **more))))
 
 
 def tiny_dinov2_registers() -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
+import tiny_encoders
 from jeton.engine import watch
 from jeton.engine.encoder import features_of
 from jeton.layout import Geometry
@@ -280,6 +281,21 @@ def test_parts_put_together_are_the_block(name: str) -> None:
         mine = x + parts.drop1(parts.scale1(mixed))
         mine = mine + parts.drop2(parts.scale2(parts.mlp(parts.norm2(mine))))
         assert torch.allclose(mine, features_of(own), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "Dinov2Model-gated", "DINOv3ViTModel-gated", "Ovis2Model"])
+def test_the_sizes_that_flops_are_counted_by_are_those_of_the_modules(name: str) -> None:
+    gated = {"Dinov2Model-gated": lambda: tiny.tiny_dinov2(use_swiglu_ffn=True)}
+    gated["DINOv3ViTModel-gated"] = lambda: tiny_encoders.tiny_dinov3(use_gated_mlp=True)
+    view = adapt(gated[name]() if name in gated else tiny.model(name))
+    encoder = view if isinstance(view, Encoder) else view.encoder
+    width, mlp, three = encoder.dims
+    block = encoder.blocks[0]
+    of_attention = {id(weight) for weight in encoder.attention(block).parameters()}
+    matrices = [part.weight for part in block.modules() if isinstance(part, torch.nn.Linear)]
+    matrices = [weight for weight in matrices if id(weight) not in of_attention]
+    assert len(matrices) == 2 + three and all(set(weight.shape) == {width, mlp} for weight in matrices)
+    assert width != mlp
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])

@@ -78,8 +78,8 @@ class Encoder(View):
     groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
     pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
     tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of
-    transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise. example, home: see `View`.
+    transformers' registry. argument: what `entrance` calls the pixels. gated_mlp: whether MLPs are. pixel_mean, pixel_std: how
+    the family's processor normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -94,6 +94,7 @@ class Encoder(View):
     pools_special: bool = False
     functional: bool = False
     argument: str = "pixel_values"
+    gated_mlp: bool = False
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -224,10 +225,17 @@ class Encoder(View):
         return (sides[0] // self.patch_size) * (sides[1] // self.patch_size)
 
     @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def mlp_width(self) -> int:
+        return self.model.config.intermediate_size
+
+    @property
     def dims(self) -> tuple[int, int, bool]:
         """Width, MLP width and whether the MLP is gated, for counting FLOPs."""
-        config = self.model.config
-        return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
+        return self.width, self.mlp_width, self.gated_mlp
 
 
 class VisionLanguage(View):

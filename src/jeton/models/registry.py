@@ -49,6 +49,14 @@ def adapt(model: nn.Module) -> Encoder | VisionLanguage:
     )
 
 
+def encoder_in(model: nn.Module) -> Encoder:
+    """The view of an encoder inside a vision-language model, which may be any that jeton knows."""
+    view = adapt(model)
+    if isinstance(view, VisionLanguage):
+        raise Unsupported(f"{view.name} is a vision-language model, not an encoder of another.")
+    return view
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what torch.compile, peft and parallel training wrap around it."""
     while True:

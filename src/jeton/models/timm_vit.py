@@ -114,6 +114,13 @@ class TimmVit(Encoder):
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[self.model.global_pool]
 
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        mlp = self.blocks[0].mlp
-        return self.model.embed_dim, mlp.fc2.in_features, type(mlp).__name__ in ("GluMlp", "SwiGLU")
+    def width(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return self.blocks[0].mlp.fc2.in_features  # type: ignore[union-attr, return-value]
+
+    @property
+    def gated_mlp(self) -> bool:  # type: ignore[override]
+        return type(self.blocks[0].mlp).__name__ in ("GluMlp", "SwiGLU")
