@@ -348,7 +348,7 @@ def positions(net: nn.Module, inputs: Inputs) -> Tensor:
     """Position ids as `generate` counts them: from the first real token. (B, L), or (3, B, L) for Qwen."""
     base = getattr(net, "model", net)
     if hasattr(base, "get_rope_index"):
-        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs}
         masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
         return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
     return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first(net)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..method import Unsupported
 from .base import Encoder, Parts
@@ -48,13 +51,14 @@ class TimmVit(Encoder):
 
     @property
     def pixel_mean(self) -> tuple[float, ...]:  # type: ignore[override]
-        return self._processed("mean", Encoder.pixel_mean)
+        return self._processed("mean", IMAGENET_DEFAULT_MEAN)
 
     @property
     def pixel_std(self) -> tuple[float, ...]:  # type: ignore[override]
-        return self._processed("std", Encoder.pixel_std)
+        return self._processed("std", IMAGENET_DEFAULT_STD)
 
-    def _processed(self, name: str, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+    def _processed(self, name: str, otherwise: Sequence[float]) -> tuple[float, ...]:
+        """From the configuration of the weights, or as timm has it where there is none."""
         told = getattr(self.model, "pretrained_cfg", None) or {}
         return tuple(told.get(name, otherwise))
 
