@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -431,8 +432,8 @@ def _crops_or_frames(
     if len(images[0]) == 1:
         frames = torch.randn(1, images[0][0], 3, side, side, generator=generator)
         with torch.no_grad():
-            count = base.get_video_features(frames.to(dtype)).pooler_output.shape[1]
-        return {"pixel_values_videos": frames, **_told(single, 0)}, [count], [VIDEO]
+            (features,) = encoded(base, "video", {"pixel_values_videos": frames.to(dtype)})
+        return {"pixel_values_videos": frames, **_told(single, 0)}, [len(features)], [VIDEO]
     crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
     if single and len(images) > 1:
         crops = [1] * len(images)
@@ -443,6 +444,17 @@ def _crops_or_frames(
     with torch.no_grad():
         features = base.get_image_features(**{**inputs, "pixel_values": pixels.to(dtype)}).pooler_output
     return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
+
+
+def encoded(base: nn.Module, stream: str, own: Inputs) -> list[Tensor]:
+    """(tokens, D) what the unmodified model writes into the prompt for each image or video."""
+    encode = getattr(base, f"get_{stream}_features")
+    older = stream == "video" and "pixel_values" in signature(encode).parameters
+    if older:  # other names, frames kept apart, and the newline of LLaVA-OneVision's videos added behind this method
+        own = {name.removesuffix("_videos"): value for name, value in own.items()}
+    made = [part.flatten(0, -2) for part in encode(**own).pooler_output]
+    newline = older and "onevision" in base.config.model_type
+    return [torch.cat([part, base.image_newline[None]]) for part in made] if newline else made
 
 
 def _told(single: bool, images: int) -> Inputs:
