@@ -150,33 +150,12 @@ def test_tokens_of_video_frames_are_made_of_the_patches_they_name(name: str) -> 
     _check_shares(geometry[0], torch.cat([shares, newline]))
 
 
-@torch.no_grad()
-def test_a_qwen_token_is_made_of_the_four_patches_it_names() -> None:
-    """Change one group of four patches in a model whose tower does not mix: one token changes, the named one."""
-    net = tiny.tiny_qwen2_5_vl()
-    for block in net.model.visual.blocks:
-        block.attn.proj.weight.zero_()
-    view = adapt(net)
-    inputs = _own(tiny.prompts(net, tiny.one_image(net)), "image")
-    geometry = view.geometry(inputs, "image")[0]
-    before = net.model.get_image_features(**inputs).pooler_output[0]
-    for token in (0, 5, 13, 23):
-        pixels = inputs["pixel_values"].clone()
-        pixels[geometry.source[token]] += 1
-        after = net.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output[0]
-        assert (after - before).abs().amax(1).gt(1e-4).nonzero().flatten().tolist() == [token]
-    t, h, w = (inputs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
-    assert torch.equal(geometry.row * w + geometry.col, torch.arange(t * h * w))
-
-
 @pytest.mark.parametrize("name", [name for name in LANGUAGE if not name.endswith("Model")])
 def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str) -> None:
     """In a tower that does not attend, the gradient of a token reaches the pixels of its own patches, and no others."""
     net, view = tiny.model(name), seen(name)
     inputs = tiny.inputs_for(net)
     encoder = view.encoder
-    if encoder.packed and encoder.name == "PixtralVisionModel":
-        pytest.skip("its pixels are padded pictures, of which patches are numbered without the padding")
     for stream in view.streams():
         own = _own(inputs, stream)
         if not any(value.is_floating_point() for value in own.values()):
@@ -198,7 +177,7 @@ def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str)
         direction = torch.randn(features.shape[1])
         for token in [*range(0, len(tokens), 7), len(tokens) - 1]:
             grad = torch.autograd.grad(features[token] @ direction, pixels, retain_graph=True, allow_unused=True)[0]
-            reached = [] if grad is None else _touched(encoder, grad)
+            reached = [] if grad is None else _touched(encoder, grad, own.get("image_sizes"))
             named = sorted({int(patch) for patch in tokens[token] if patch >= 0})
             # a map that is resized takes some of its neighbours with a share of zero
             assert reached == named or ("Onevision" in name and set(reached) < set(named)), token
@@ -213,23 +192,31 @@ def _catch(encoder: Encoder, caught: list[Tensor]) -> Any:
     """A hook that hands the encoder pixels of which gradients can be asked."""
 
     def catch(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        name = "hidden_states" if encoder.packed else encoder.argument
+        name = "hidden_states" if "hidden_states" in kwargs else encoder.argument
         caught.append((args[0] if args else kwargs[name]).detach().requires_grad_())
         return ((caught[0], *args[1:]), kwargs) if args else (args, {**kwargs, name: caught[0]})
 
     return catch
 
 
-def _touched(encoder: Encoder, grad: Tensor) -> list[int]:
-    """The patches of an encoder call with a gradient, counted over all pictures."""
+def _touched(encoder: Encoder, grad: Tensor, sizes: Tensor | None) -> list[int]:
+    """The patches of an encoder call with a gradient, counted over all pictures; those of Pixtral are padded to one size."""
     patches = encoder.patches(grad).flatten(-2)
-    return patches.flatten(0, -2).abs().amax(1).nonzero().flatten().tolist()
+    touched = patches.flatten(0, -2).abs().amax(1) > 0
+    if encoder.name == "PixtralVisionModel":
+        real = torch.zeros(len(grad), *encoder.grid(grad), dtype=torch.bool)
+        for picture, size in zip(real, sizes.tolist(), strict=True):
+            picture[: size[0] // encoder.patch_size, : size[1] // encoder.patch_size] = True
+        assert not bool(touched[~real.flatten()].any())
+        touched = touched[real.flatten()]
+    return touched.nonzero().flatten().tolist()
 
 
 def test_qwen_video_frames_are_units() -> None:
     net, view = tiny.model("Qwen2_5_VLForConditionalGeneration"), seen("Qwen2_5_VLForConditionalGeneration")
     geometry = view.geometry({"video_grid_thw": torch.tensor([[3, 4, 6]])}, "video")[0]
     assert geometry.kinds == ("frame",) * 3 and geometry.unit.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert (geometry.row * 3 + geometry.col).tolist() == [*range(6)] * 3
     assert net.config.video_token_id == tiny.VIDEO
 
 
