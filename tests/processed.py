@@ -31,6 +31,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
@@ -46,6 +47,9 @@ SIDE = tiny.SIDE * tiny.PATCH
 SQUARE = {"height": SIDE, "width": SIDE}
 CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
 IMAGENET = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}  # as published checkpoints have it
+
+
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def picture(height: int, width: int, *frames: int) -> np.ndarray:
@@ -97,6 +101,16 @@ def encoder_inputs(name: str) -> list[tiny.Inputs]:
     shown = [exact(name), picture(30, 50, *frames), picture(64, 20, *frames)]
     videos = [list(one) if frames else Image.fromarray(one) for one in shown]
     return [dict(ENCODERS[name]()(videos, return_tensors="pt"))]
+
+
+GRID = {"patch_size": tiny.PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
+PACKED: dict[str, Callable[[], Any]] = {
+    "Qwen2VisionTransformerPretrainedModel": lambda: Qwen2VLImageProcessorPil(**GRID),
+    "Qwen2_5_VisionTransformerPretrainedModel": lambda: Qwen2VLImageProcessorPil(**GRID),
+    "Qwen3VLVisionModel": lambda: Qwen2VLImageProcessorPil(**GRID, **HALF),
+    "Glm4vVisionModel": lambda: Glm4vImageProcessorPil(**GRID),
+    "PixtralVisionModel": lambda: PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=tiny.PATCH),
+}
 
 
 # -- vision-language models: a prompt with two pictures of different sizes, one with one, one with a video ---------------------
@@ -161,7 +175,6 @@ def llava_onevision() -> list[tiny.Inputs]:
     return written(processor, "<image>", "<video>")
 
 
-GRID = {"patch_size": tiny.PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
 FRAMES = {"patch_size": tiny.PATCH, "size": {"shortest_edge": 64, "longest_edge": 8192}}
 QWEN = {"<|image_pad|>": tiny.IMAGE, "<|video_pad|>": tiny.VIDEO, "<|vision_start|>": tiny.START, "<|vision_end|>": tiny.END}
 SHOWN = "<|vision_start|> <|{}_pad|> <|vision_end|>"

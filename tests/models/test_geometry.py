@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import jeton
 import tiny
 import tiny_encoders
-from jeton.engine import watch
+from jeton.engine import apply, watch
 from jeton.engine.encoder import features_of
 from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
+from jeton.models.registry import encoder_in
 
 LANGUAGE = [name for name in tiny.BUILDERS if tiny.is_language(tiny.model(name))]
 ENCODERS = [name for name in tiny.BUILDERS if name not in LANGUAGE]
@@ -220,6 +224,29 @@ def test_qwen_video_frames_are_units() -> None:
     assert net.config.video_token_id == tiny.VIDEO
 
 
+@torch.no_grad()
+def test_a_windowed_tower_is_counted_by_what_its_blocks_attend_to() -> None:
+    net, seen_keys = tiny.model("Qwen2_5_VisionTransformerPretrainedModel"), []
+
+    class Hearing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen_keys.append(args[1].shape[2])
+            return func(*args, **(kwargs or {}))
+
+    with Hearing():
+        net(torch.randn(64, 96), grid_thw=torch.tensor([(1, 8, 8)]))
+    view = adapt(net)
+    assert isinstance(view, Encoder)
+    said = [view.keys(block, 64) for block in range(5)]
+    assert seen_keys == [keys for keys in said for _ in range(64 // keys)] and said == [16, 64, 16, 16, 64]
+
+
+def test_an_encoder_is_not_looked_for_inside_a_model_with_language() -> None:
+    with pytest.raises(jeton.Unsupported, match="not an encoder of another"):
+        encoder_in(tiny.model("LlavaForConditionalGeneration"))
+
+
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_the_feature_block_is_the_one_whose_output_the_model_hands_on(name: str) -> None:
     """Zero the attention and MLP outputs after it: the image features do not change; at it: they do."""
@@ -308,8 +335,6 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "Dinov2ForImageClassification"])
 def test_an_encoder_with_a_head_on_top_is_found(name: str) -> None:
-    import transformers
-
     configs = {
         "ViTForImageClassification": lambda: transformers.ViTConfig(**tiny.vision()),
         "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(**tiny.vision()),
@@ -327,8 +352,6 @@ def test_an_encoder_with_a_head_on_top_is_found(name: str) -> None:
     net = tiny.ready(getattr(transformers, name)(configs[name]()))
     pixels = torch.randn(2, 3, 28, 28)
     call = net.get_image_features if name == "CLIPModel" else net
-    from jeton.engine import apply
-
     with torch.no_grad():
         before = _first(call(pixel_values=pixels))
         with watch(net):
@@ -349,9 +372,6 @@ def _first(output: object) -> Tensor:
 
 
 def test_llava_that_hands_its_class_token_on_is_refused() -> None:
-    import jeton
-    from jeton.engine import apply
-
     net = tiny.tiny_llava()
     net.config.vision_feature_select_strategy = "full"
     inputs = tiny.prompts(net, [tiny.Sample(((),), (2, 2), 1)])

@@ -141,6 +141,9 @@ def test_hidden_patches_are_refused_by_the_tower() -> None:
         mask[0, -1] = False
         with pytest.raises(jeton.Unsupported, match="hidden patches"):
             net(**inputs, patch_attention_mask=mask)
+    with jeton.apply(net, "downsample", keep=0.5) as run:  # the mask is that of the larger picture
+        net(**inputs, patch_attention_mask=torch.ones_like(mask))
+        assert run.tokens.features.shape[1] < 36
 
 
 # -- what the families' own processors write -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import GLM4V, INTERNVL, LLAVA, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3
+from PIL import Image
 from references import CLOSE, difference, generated, recomputed, visual
 from witness import spied
 
@@ -91,3 +92,17 @@ def test_pixels_of_the_familys_own_processor_are_taken_back_to_the_picture(name:
     counts = inputs["spatial_shapes"].prod(1).tolist() if "spatial_shapes" in inputs else [len(cells)] * 3
     assert [image.before for image in images] == counts
     assert [image.after for image in images] == [get("uniform", keep=0.5).promise(n).count for n in counts]
+
+
+@pytest.mark.parametrize("name", processed.PACKED)
+def test_pixels_of_packed_towers_are_taken_back_to_the_picture(name: str) -> None:
+    """Patches row by row in Pixtral, by squares of 2 x 2 in the others, where a picture stands for two frames."""
+    picture, side = processed.picture(24, 32), 1 if name == "PixtralVisionModel" else 2
+    made = processed.PACKED[name]()(Image.fromarray(picture), return_tensors="pt")
+    inputs = made if side == 1 else {"hidden_states": made["pixel_values"], "grid_thw": made["image_grid_thw"]}
+    rows, cols = (edge // tiny.PATCH // side for edge in picture.shape[:2])
+    luma = torch.tensor(picture @ np.array(LUMA)).view(rows, side, tiny.PATCH, cols, side, tiny.PATCH)
+    cells = luma.permute(0, 3, 1, 4, 2, 5).reshape(48, -1).repeat(1, side)
+    view = adapt(tiny.model(name))
+    assert isinstance(view, Encoder)
+    assert (view.grey(inputs)[0] - cells).abs().max() <= 1
