@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -93,8 +94,8 @@ def tiny_deit() -> nn.Module:
     return ready(transformers.DeiTModel(transformers.DeiTConfig(**vision())))
 
 
-def tiny_dinov2() -> nn.Module:
-    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2))))
+def tiny_dinov2(**more: Any) -> nn.Module:
+    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2, **more))))
 
 
 def tiny_dinov2_registers() -> nn.Module:
@@ -167,10 +168,16 @@ def tiny_llava_onevision() -> nn.Module:
     return ready(transformers.LlavaOnevisionForConditionalGeneration(config))
 
 
+def packed_tower(**more: Any) -> dict[str, Any]:
+    """A tower that takes pictures in one sequence."""
+    sizes = {"depth": 5, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 4}
+    return {**sizes, "patch_size": PATCH, **more}
+
+
 def _qwen(**tower: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     return {
-        "vision_config": {"depth": 5, "num_heads": 4, "patch_size": PATCH, **tower},
+        "vision_config": tower,
         "text_config": {**_text(), "max_position_embeddings": 1024, "rope_parameters": rope},
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
@@ -180,13 +187,14 @@ def _qwen(**tower: Any) -> dict[str, Any]:
 
 
 def tiny_qwen2_vl() -> nn.Module:
-    config = transformers.Qwen2VLConfig(**_qwen(embed_dim=32, mlp_ratio=2, hidden_size=64))
+    tower = {"depth": 5, "num_heads": 4, "patch_size": PATCH, "embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64}
+    config = transformers.Qwen2VLConfig(**_qwen(**tower))
     return ready(transformers.Qwen2VLForConditionalGeneration(config))
 
 
 def tiny_qwen2_5_vl() -> nn.Module:
-    tower = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower, window_size=4 * PATCH, fullatt_block_indexes=[1, 4]))
+    tower = packed_tower(window_size=4 * PATCH, fullatt_block_indexes=[1, 4])
+    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower))
     return ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
@@ -348,7 +356,7 @@ def positions(net: nn.Module, inputs: Inputs) -> Tensor:
     """Position ids as `generate` counts them: from the first real token. (B, L), or (3, B, L) for Qwen."""
     base = getattr(net, "model", net)
     if hasattr(base, "get_rope_index"):
-        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs}
         masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
         return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
     return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first(net)
@@ -431,8 +439,8 @@ def _crops_or_frames(
     if len(images[0]) == 1:
         frames = torch.randn(1, images[0][0], 3, side, side, generator=generator)
         with torch.no_grad():
-            count = base.get_video_features(frames.to(dtype)).pooler_output.shape[1]
-        return {"pixel_values_videos": frames, **_told(single, 0)}, [count], [VIDEO]
+            (features,) = encoded(base, "video", {"pixel_values_videos": frames.to(dtype)})
+        return {"pixel_values_videos": frames, **_told(single, 0)}, [len(features)], [VIDEO]
     crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
     if single and len(images) > 1:
         crops = [1] * len(images)
@@ -443,6 +451,17 @@ def _crops_or_frames(
     with torch.no_grad():
         features = base.get_image_features(**{**inputs, "pixel_values": pixels.to(dtype)}).pooler_output
     return inputs, [len(feature) for feature in features], [IMAGE] * len(images)
+
+
+def encoded(base: nn.Module, stream: str, own: Inputs) -> list[Tensor]:
+    """(tokens, D) what the unmodified model writes into the prompt for each image or video."""
+    encode = getattr(base, f"get_{stream}_features")
+    older = stream == "video" and "pixel_values" in signature(encode).parameters
+    if older:  # other names, frames kept apart, and the newline of LLaVA-OneVision's videos added behind this method
+        own = {name.removesuffix("_videos"): value for name, value in own.items()}
+    made = [part.flatten(0, -2) for part in encode(**own).pooler_output]
+    newline = older and "onevision" in base.config.model_type
+    return [torch.cat([part, base.image_newline[None]]) for part in made] if newline else made
 
 
 def _told(single: bool, images: int) -> Inputs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ import with_timm
 from jeton.engine import apply, watch
 from jeton.engine.encoder import EncoderSite
 from jeton.method import Method, get
-from jeton.models import Encoder, adapt
+from jeton.models import Encoder, adapt, aimv2
 from jeton.tokens import Reduction, Tokens
 from tiny_aimv2 import tiny_aimv2
 from tiny_vit_msn import tiny_vit_msn
@@ -91,7 +92,7 @@ def sized(net: nn.Module, wide: bool) -> tiny.Inputs:
     if not view.resizable:
         pytest.skip("takes one size only")
     inputs = {view.argument: torch.randn(3, 3, 5 * tiny.PATCH, 9 * tiny.PATCH)}
-    if "interpolate_pos_encoding" in signature(net.forward).parameters:
+    if "interpolate_pos_encoding" in inspect.signature(net.forward).parameters:
         inputs["interpolate_pos_encoding"] = True
     return {**inputs, "noise": torch.arange(45.0).expand(3, -1)} if type(net).__name__ == "ViTMAEModel" else inputs
 
@@ -444,3 +445,8 @@ def test_timm_of_a_kind_that_cannot_be_read_is_refused() -> None:
     again.set_grad_checkpointing()
     with apply(again, "tome(keep=0.5)"), pytest.raises(jeton.Unsupported, match="checkpoint"):
         again(torch.randn(1, 3, 28, 28))
+
+
+def test_the_page_for_contributors_shows_an_adapter_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-model.md").read_text()
+    assert f"<!-- encoder: begin -->\n```python\n{inspect.getsource(aimv2)}```\n<!-- encoder: end -->" in page
