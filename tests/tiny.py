@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,13 +90,19 @@ def tiny_deit() -> nn.Module:
     return ready(transformers.DeiTModel(transformers.DeiTConfig(**vision())))
 
 
-def tiny_dinov2() -> nn.Module:
-    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2))))
+def tiny_dinov2(**more: Any) -> nn.Module:
+    return ready(transformers.Dinov2Model(transformers.Dinov2Config(**vision(mlp_ratio=2, **more))))
 
 
 def tiny_dinov2_registers() -> nn.Module:
     config = transformers.Dinov2WithRegistersConfig(**vision(mlp_ratio=2, num_register_tokens=3))
     return ready(transformers.Dinov2WithRegistersModel(config))
+
+
+def packed_tower(**more: Any) -> dict[str, Any]:
+    """A tower that takes pictures in one sequence."""
+    sizes = {"depth": 5, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 4}
+    return {**sizes, "patch_size": PATCH, **more}
 
 
 # one builder for each class name an adapter is registered under; several for one class where variants matter
@@ -223,7 +230,7 @@ def positions(net: nn.Module, inputs: Inputs) -> Tensor:
     """Position ids as `generate` counts them: from the first real token. (B, L), or (3, B, L) for Qwen."""
     base = getattr(net, "model", net)
     if hasattr(base, "get_rope_index"):
-        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs}
         masks = {name: inputs[name] for name in ("mm_token_type_ids", "attention_mask")}
         return base.get_rope_index(inputs["input_ids"], **masks, **grids)[0]
     return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first(net)
@@ -267,6 +274,17 @@ def _single(net: nn.Module, sample: Sample) -> Inputs:
     if family(net) in TYPES:
         inputs["token_type_ids"] = TYPES[family(net)](ids)
     return inputs
+
+
+def encoded(base: nn.Module, stream: str, own: Inputs) -> list[Tensor]:
+    """(tokens, D) what the unmodified model writes into the prompt for each image or video."""
+    encode = getattr(base, f"get_{stream}_features")
+    older = stream == "video" and "pixel_values" in signature(encode).parameters
+    if older:  # other names, frames kept apart, and the newline of LLaVA-OneVision's videos added behind this method
+        own = {name.removesuffix("_videos"): value for name, value in own.items()}
+    made = [part.flatten(0, -2) for part in encode(**own).pooler_output]
+    newline = older and "onevision" in base.config.model_type
+    return [torch.cat([part, base.image_newline[None]]) for part in made] if newline else made
 
 
 # for each family what makes pixels, the counts of their tokens, and the token they are written with or all that is written

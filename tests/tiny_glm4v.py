@@ -16,15 +16,7 @@ from tiny_qwen3_vl import written
 def tiny_glm4v() -> nn.Module:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
     config = transformers.Glm4vConfig(
-        vision_config={
-            "depth": 5,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "patch_size": tiny.PATCH,
-            "image_size": 6 * tiny.PATCH,
-            "out_hidden_size": 64,
-        },
+        vision_config=tiny.packed_tower(image_size=6 * tiny.PATCH),
         text_config={**tiny._text(), "max_position_embeddings": 1024, "rope_parameters": rope},
         image_token_id=tiny.IMAGE,
         video_token_id=tiny.VIDEO,

@@ -116,8 +116,8 @@ def _crops_or_frames(
     if len(images[0]) == 1:
         frames = torch.randn(1, images[0][0], 3, side, side, generator=generator)
         with torch.no_grad():
-            count = base.get_video_features(frames.to(dtype)).pooler_output.shape[1]
-        return {"pixel_values_videos": frames, **_told(single, 0)}, [count], [tiny.VIDEO]
+            (features,) = tiny.encoded(base, "video", {"pixel_values_videos": frames.to(dtype)})
+        return {"pixel_values_videos": frames, **_told(single, 0)}, [len(features)], [tiny.VIDEO]
     crops = [image_size_to_num_patches(size, net.config.image_grid_pinpoints, side) for size in images]
     if single and len(images) > 1:
         crops = [1] * len(images)

@@ -17,7 +17,7 @@ import tiny
 def _qwen(**tower: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     return {
-        "vision_config": {"depth": 5, "num_heads": 4, "patch_size": tiny.PATCH, **tower},
+        "vision_config": tower,
         "text_config": {**tiny._text(), "max_position_embeddings": 1024, "rope_parameters": rope},
         "image_token_id": tiny.IMAGE,
         "video_token_id": tiny.VIDEO,
@@ -27,13 +27,14 @@ def _qwen(**tower: Any) -> dict[str, Any]:
 
 
 def tiny_qwen2_vl() -> nn.Module:
-    config = transformers.Qwen2VLConfig(**_qwen(embed_dim=32, mlp_ratio=2, hidden_size=64))
+    tower = {"depth": 5, "num_heads": 4, "patch_size": tiny.PATCH, "embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64}
+    config = transformers.Qwen2VLConfig(**_qwen(**tower))
     return tiny.ready(transformers.Qwen2VLForConditionalGeneration(config))
 
 
 def tiny_qwen2_5_vl() -> nn.Module:
-    tower = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower, window_size=4 * tiny.PATCH, fullatt_block_indexes=[1, 4]))
+    tower = tiny.packed_tower(window_size=4 * tiny.PATCH, fullatt_block_indexes=[1, 4])
+    config = transformers.Qwen2_5_VLConfig(**_qwen(**tower))
     return tiny.ready(transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 

@@ -17,16 +17,7 @@ TIME = 9
 def tiny_qwen3_vl() -> nn.Module:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = transformers.Qwen3VLConfig(
-        vision_config={
-            "depth": 5,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 4,
-            "patch_size": tiny.PATCH,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 36,
-            "deepstack_visual_indexes": [1, 3],
-        },
+        vision_config=tiny.packed_tower(num_position_embeddings=36, deepstack_visual_indexes=[1, 3]),
         text_config={**tiny._text(), "head_dim": 16, "max_position_embeddings": 1024, "rope_parameters": rope},
         image_token_id=tiny.IMAGE,
         video_token_id=tiny.VIDEO,

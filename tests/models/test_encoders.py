@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ import tiny_encoders
 from dropping import BLOCK, Dropping
 from jeton.engine import apply, watch
 from jeton.engine.encoder import EncoderSite
-from jeton.models import Encoder, adapt
+from jeton.models import Encoder, adapt, aimv2
 from jeton.tokens import Reduction
 from tiny_aimv2 import tiny_aimv2
 from tiny_vit_msn import tiny_vit_msn
@@ -63,7 +64,7 @@ def sized(net: nn.Module, wide: bool) -> tiny.Inputs:
     if not view.resizable:
         pytest.skip("takes one size only")
     inputs = {view.argument: torch.randn(3, 3, 5 * tiny.PATCH, 9 * tiny.PATCH)}
-    if "interpolate_pos_encoding" in signature(net.forward).parameters:
+    if "interpolate_pos_encoding" in inspect.signature(net.forward).parameters:
         inputs["interpolate_pos_encoding"] = True
     return {**inputs, "noise": torch.arange(45.0).expand(3, -1)} if type(net).__name__ == "ViTMAEModel" else inputs
 
@@ -188,3 +189,8 @@ def test_videomae_lays_tubelets_out_in_time_and_space() -> None:
     with apply(view.model, "tome(keep=0.5)") as run:
         tiny.run(view.model, tiny.inputs_for(view.model))
         assert [grid.shape for grid in run.assignment(0)] == [(4, 4), (4, 4)]
+
+
+def test_the_page_for_contributors_shows_an_adapter_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-model.md").read_text()
+    assert f"<!-- encoder: begin -->\n```python\n{inspect.getsource(aimv2)}```\n<!-- encoder: end -->" in page

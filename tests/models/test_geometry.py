@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+import jeton
 import tiny
-from jeton.engine import watch
+import tiny_encoders
+from jeton.engine import apply, watch
 from jeton.engine.readings import features_of
 from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
+from jeton.models.registry import encoder_in
 
 LANGUAGE = [name for name in tiny.BUILDERS if tiny.is_language(tiny.model(name))]
 ENCODERS = [name for name in tiny.BUILDERS if name not in LANGUAGE]
@@ -28,12 +33,12 @@ def seen(name: str) -> VisionLanguage:
 def test_geometry_has_as_many_tokens_as_the_model_makes(name: str) -> None:
     net, view = tiny.model(name), seen(name)
     inputs = tiny.inputs_for(net)
-    for stream, method in view.streams().items():
+    for stream in view.streams():
         own = _own(inputs, stream)
         if not own:  # a family that takes no batch of images and videos
             continue
         with torch.no_grad():
-            features = getattr(view.base, method)(**own).pooler_output
+            features = tiny.encoded(view.base, stream, own)
         geometry = view.geometry(own, stream)
         made = [len(item) for item in geometry], [len(part) for part in features]
         assert sum(made[0]) == sum(made[1]) if view.told_by_prompt else made[0] == made[1]
@@ -149,34 +154,13 @@ def test_tokens_of_video_frames_are_made_of_the_patches_they_name(name: str) -> 
     _check_shares(geometry[0], torch.cat([shares, newline]))
 
 
-@torch.no_grad()
-def test_a_qwen_token_is_made_of_the_four_patches_it_names() -> None:
-    """Change one group of four patches in a model whose tower does not mix: one token changes, the named one."""
-    net = tiny.tiny_qwen2_5_vl()
-    for block in net.model.visual.blocks:
-        block.attn.proj.weight.zero_()
-    view = adapt(net)
-    inputs = _own(tiny.prompts(net, tiny.one_image(net)), "image")
-    geometry = view.geometry(inputs, "image")[0]
-    before = net.model.get_image_features(**inputs).pooler_output[0]
-    for token in (0, 5, 13, 23):
-        pixels = inputs["pixel_values"].clone()
-        pixels[geometry.source[token]] += 1
-        after = net.model.get_image_features(**{**inputs, "pixel_values": pixels}).pooler_output[0]
-        assert (after - before).abs().amax(1).gt(1e-4).nonzero().flatten().tolist() == [token]
-    t, h, w = (inputs["image_grid_thw"][0] // torch.tensor([1, 2, 2])).tolist()
-    assert torch.equal(geometry.row * w + geometry.col, torch.arange(t * h * w))
-
-
 @pytest.mark.parametrize("name", [name for name in LANGUAGE if not name.endswith("Model")])
 def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str) -> None:
     """In a tower that does not attend, the gradient of a token reaches the pixels of its own patches, and no others."""
     net, view = tiny.model(name), seen(name)
     inputs = tiny.inputs_for(net)
     encoder = view.encoder
-    if encoder.packed and encoder.name == "PixtralVisionModel":
-        pytest.skip("its pixels are padded pictures, of which patches are numbered without the padding")
-    for stream, method in view.streams().items():
+    for stream in view.streams():
         own = _own(inputs, stream)
         if not any(value.is_floating_point() for value in own.values()):
             continue
@@ -184,7 +168,7 @@ def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str)
         handles = [encoder.attention(block).register_forward_hook(_nothing) for block in encoder.blocks]
         handles.append(encoder.entrance.register_forward_pre_hook(_catch(encoder, caught), with_kwargs=True))
         try:
-            features = torch.cat(list(getattr(view.base, method)(**own).pooler_output))
+            features = torch.cat(tiny.encoded(view.base, stream, own))
         finally:
             for handle in handles:
                 handle.remove()
@@ -197,7 +181,7 @@ def test_a_token_is_made_of_the_patches_that_it_is_said_to_be_made_of(name: str)
         direction = torch.randn(features.shape[1])
         for token in [*range(0, len(tokens), 7), len(tokens) - 1]:
             grad = torch.autograd.grad(features[token] @ direction, pixels, retain_graph=True, allow_unused=True)[0]
-            reached = [] if grad is None else _touched(encoder, grad)
+            reached = [] if grad is None else _touched(encoder, grad, own.get("image_sizes"))
             named = sorted({int(patch) for patch in tokens[token] if patch >= 0})
             # a map that is resized takes some of its neighbours with a share of zero
             assert reached == named or ("Onevision" in name and set(reached) < set(named)), token
@@ -212,24 +196,55 @@ def _catch(encoder: Encoder, caught: list[Tensor]) -> Any:
     """A hook that hands the encoder pixels of which gradients can be asked."""
 
     def catch(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        name = "hidden_states" if encoder.packed else encoder.argument
+        name = "hidden_states" if "hidden_states" in kwargs else encoder.argument
         caught.append((args[0] if args else kwargs[name]).detach().requires_grad_())
         return ((caught[0], *args[1:]), kwargs) if args else (args, {**kwargs, name: caught[0]})
 
     return catch
 
 
-def _touched(encoder: Encoder, grad: Tensor) -> list[int]:
-    """The patches of an encoder call with a gradient, counted over all pictures."""
+def _touched(encoder: Encoder, grad: Tensor, sizes: Tensor | None) -> list[int]:
+    """The patches of an encoder call with a gradient, counted over all pictures; those of Pixtral are padded to one size."""
     patches = encoder.patches(grad).flatten(-2)
-    return patches.flatten(0, -2).abs().amax(1).nonzero().flatten().tolist()
+    touched = patches.flatten(0, -2).abs().amax(1) > 0
+    if encoder.name == "PixtralVisionModel":
+        real = torch.zeros(len(grad), *encoder.grid(grad), dtype=torch.bool)
+        for picture, size in zip(real, sizes.tolist(), strict=True):
+            picture[: size[0] // encoder.patch_size, : size[1] // encoder.patch_size] = True
+        assert not bool(touched[~real.flatten()].any())
+        touched = touched[real.flatten()]
+    return touched.nonzero().flatten().tolist()
 
 
 def test_qwen_video_frames_are_units() -> None:
     net, view = tiny.model("Qwen2_5_VLForConditionalGeneration"), seen("Qwen2_5_VLForConditionalGeneration")
     geometry = view.geometry({"video_grid_thw": torch.tensor([[3, 4, 6]])}, "video")[0]
     assert geometry.kinds == ("frame",) * 3 and geometry.unit.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert (geometry.row * 3 + geometry.col).tolist() == [*range(6)] * 3
     assert net.config.video_token_id == tiny.VIDEO
+
+
+@torch.no_grad()
+def test_a_windowed_tower_is_counted_by_what_its_blocks_attend_to() -> None:
+    net, seen_keys = tiny.model("Qwen2_5_VisionTransformerPretrainedModel"), []
+
+    class Hearing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                seen_keys.append(args[1].shape[2])
+            return func(*args, **(kwargs or {}))
+
+    with Hearing():
+        net(torch.randn(64, 96), grid_thw=torch.tensor([(1, 8, 8)]))
+    view = adapt(net)
+    assert isinstance(view, Encoder)
+    said = [view.keys(block, 64) for block in range(5)]
+    assert seen_keys == [keys for keys in said for _ in range(64 // keys)] and said == [16, 64, 16, 16, 64]
+
+
+def test_an_encoder_is_not_looked_for_inside_a_model_with_language() -> None:
+    with pytest.raises(jeton.Unsupported, match="not an encoder of another"):
+        encoder_in(tiny.model("LlavaForConditionalGeneration"))
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -238,11 +253,11 @@ def test_the_feature_block_is_the_one_whose_output_the_model_hands_on(name: str)
     net = tiny.BUILDERS[name]()
     view = adapt(net)
     inputs = tiny.inputs_for(net)
-    stream, method = next(iter(view.streams().items()))
+    stream = next(iter(view.streams()))
 
     def features() -> Tensor:
         with torch.no_grad():
-            return torch.cat(list(getattr(view.base, method)(**_own(inputs, stream)).pooler_output))
+            return torch.cat(tiny.encoded(view.base, stream, _own(inputs, stream)))
 
     before = features()
     for number in range(len(view.encoder.blocks) - 1, view.feature_block, -1):
@@ -282,6 +297,21 @@ def test_parts_put_together_are_the_block(name: str) -> None:
         assert torch.allclose(mine, features_of(own), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*ENCODERS, "Dinov2Model-gated", "DINOv3ViTModel-gated", "Ovis2Model"])
+def test_the_sizes_that_flops_are_counted_by_are_those_of_the_modules(name: str) -> None:
+    gated = {"Dinov2Model-gated": lambda: tiny.tiny_dinov2(use_swiglu_ffn=True)}
+    gated["DINOv3ViTModel-gated"] = lambda: tiny_encoders.tiny_dinov3(use_gated_mlp=True)
+    view = adapt(gated[name]() if name in gated else tiny.model(name))
+    encoder = view if isinstance(view, Encoder) else view.encoder
+    width, mlp, three = encoder.dims
+    block = encoder.blocks[0]
+    of_attention = {id(weight) for weight in encoder.attention(block).parameters()}
+    matrices = [part.weight for part in block.modules() if isinstance(part, torch.nn.Linear)]
+    matrices = [weight for weight in matrices if id(weight) not in of_attention]
+    assert all(width in weight.shape for weight in matrices) and width != mlp
+    assert sum(weight.numel() for weight in matrices) == (2 + three) * width * mlp  # some versions join two of them
+
+
 @pytest.mark.parametrize("name", [name for name in ENCODERS if not adapt(tiny.model(name)).packed])
 def test_special_tokens_and_patches_add_up(name: str) -> None:
     net = tiny.model(name)
@@ -305,8 +335,6 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPModel", "Dinov2ForImageClassification"])
 def test_an_encoder_with_a_head_on_top_is_found(name: str) -> None:
-    import transformers
-
     configs = {
         "ViTForImageClassification": lambda: transformers.ViTConfig(**tiny.vision()),
         "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(**tiny.vision()),
@@ -324,8 +352,6 @@ def test_an_encoder_with_a_head_on_top_is_found(name: str) -> None:
     net = tiny.ready(getattr(transformers, name)(configs[name]()))
     pixels = torch.randn(2, 3, 28, 28)
     call = net.get_image_features if name == "CLIPModel" else net
-    from jeton.engine import apply
-
     with torch.no_grad():
         before = _first(call(pixel_values=pixels))
         with watch(net):
@@ -346,9 +372,6 @@ def _first(output: object) -> Tensor:
 
 
 def test_llava_that_hands_its_class_token_on_is_refused() -> None:
-    import jeton
-    from jeton.engine import apply
-
     net = tiny.tiny_llava()
     net.config.vision_feature_select_strategy = "full"
     inputs = tiny.prompts(net, [tiny.Sample(((),), (2, 2), 1)])

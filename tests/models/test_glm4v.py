@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from references import CLOSE, TIGHT, difference, generated, recomputed
-from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from witness import spied, watching
 
 import tiny
@@ -78,22 +75,6 @@ def test_images_and_videos_in_one_batch_are_the_models_to_refuse() -> None:
 
 
 @torch.no_grad()
-def test_a_token_is_made_of_the_four_patches_it_names() -> None:
-    net = tiny.BUILDERS[NAME]()
-    for block in net.model.visual.blocks:
-        block.attn.proj.weight.zero_()
-    inputs = tiny.prompts(net, tiny.one_image(net))
-    own = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    geometry = adapt(net).geometry(own, "image")[0]
-    before = net.model.get_image_features(**own).pooler_output[0]
-    for token in (0, 7, 23):
-        pixels = own["pixel_values"].clone()
-        pixels[geometry.source[token]] += 1
-        after = net.model.get_image_features(**{**own, "pixel_values": pixels}).pooler_output[0]
-        assert (after - before).abs().amax(1).gt(1e-4).nonzero().flatten().tolist() == [token]
-
-
-@torch.no_grad()
 def test_the_halves_of_a_layer_put_together_are_the_layer() -> None:
     """With norms behind attention and MLP, too; and the fused projection's halves are the projection."""
     net, seen = tiny.model(NAME), view()
@@ -158,21 +139,3 @@ def test_pictures_that_lose_all_groups_leave_the_tower_in_order() -> None:
         for one, at in ((first, torch.arange(4, 8)), (third, torch.arange(8)))
     ]
     assert torch.allclose(short, torch.cat(alone), atol=1e-5)
-
-
-@torch.no_grad()
-def test_images_of_different_sizes_through_the_familys_own_processor() -> None:
-    net = tiny.model(NAME)
-    processor = Glm4vImageProcessorPil(patch_size=tiny.PATCH, size={"shortest_edge": 64, "longest_edge": 2 * 64 * 64})
-    rng = np.random.default_rng(0)
-    shots = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((32, 48), (40, 24))]
-    made = processor(shots, return_tensors="pt")
-    grids = [tuple(grid) for grid in made["image_grid_thw"].tolist()]
-    inputs = tiny.prompts(net, [tiny.Sample((grids[0],), (2, 3), 1), tiny.Sample((grids[1],), (2, 4), 2)])
-    inputs["pixel_values"] = made["pixel_values"]
-    with apply(net, "divprune", keep=0.5) as run:
-        output = net.generate(**inputs, max_new_tokens=3, do_sample=False)
-        images = run.report().images
-    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
-    assert [image.before for image in images] == [t * h * w // 4 for t, h, w in grids]
-    assert [image.after for image in images] == [round(image.before / 2) for image in images]

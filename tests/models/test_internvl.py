@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from witness import Listening
 
 import jeton
@@ -15,7 +12,6 @@ import tiny
 import tiny_internvl
 from jeton.engine import apply
 from jeton.engine.encoder import EncoderSite
-from jeton.method import get
 from jeton.models import VisionLanguage, adapt
 from jeton.needs import ClassAttention, Need
 
@@ -39,23 +35,6 @@ def test_a_token_is_made_of_the_four_patches_that_the_models_own_shuffle_puts_to
     # by hand: the token in row 1 and column 2 of 3 x 3 has rows 2 and 3, columns 4 and 5 of 6 x 6
     assert sorted(geometry.source[1 * 3 + 2].tolist()) == [2 * 6 + 4, 2 * 6 + 5, 3 * 6 + 4, 3 * 6 + 5]
     assert not torch.equal(geometry.source.sort(1).values, torch.arange(PATCHES).view(-1, 4))  # four in a row would be wrong
-
-
-@torch.no_grad()
-def test_changed_pixels_of_a_patch_change_the_token_that_names_it() -> None:
-    """In a tower whose attention mixes nothing."""
-    net = tiny_internvl.tiny_internvl()
-    for block in net.model.vision_tower.encoder.layer:
-        block.attention.projection_layer.weight.zero_()
-    geometry = adapt(net).geometry({"pixel_values": torch.zeros(1, 3, 24, 24)}, "image")[0]
-    pixels = torch.randn(1, 3, 24, 24)
-    before = net.model.get_image_features(pixels).pooler_output[0]
-    for patch in (0, 7, 17, 22, 35):
-        row, col = 4 * (patch // SIDE), 4 * (patch % SIDE)
-        other = pixels.clone()
-        other[..., row : row + 4, col : col + 4] += 1
-        changed = (net.model.get_image_features(other).pooler_output[0] - before).abs().amax(1) > 1e-5
-        assert torch.equal(changed, (geometry.source == patch).any(1))
 
 
 @pytest.mark.parametrize("patch", [0, 7, 13, 35, PATCHES + 2, 3 * PATCHES + 28])
@@ -126,25 +105,6 @@ def test_tiles_share_the_budget_of_their_image_unless_each_has_its_own() -> None
         assert [image.after for image in run.report().images] == [20, 9, 20, 9, 9]
         spans = [(span.kind, span.length) for span in run.layout.spans(0) if span.kind != "text"]
         assert spans == [("crop", EACH)] * 3 + [("thumbnail", EACH)]
-
-
-@torch.no_grad()
-def test_pictures_of_different_sizes_through_the_familys_own_processor() -> None:
-    processor = GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, crop_to_patches=True, max_patches=4)
-    rng = np.random.default_rng(0)
-    shots = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((24, 48), (30, 30), (72, 24))]
-    made = processor(shots, return_tensors="pt")
-    tiles = made["num_patches"].tolist() if hasattr(made["num_patches"], "tolist") else list(made["num_patches"])
-    assert tiles == [3, 1, 4]
-    net = tiny.model(NAME)
-    samples = [tiny.Sample(((tiles[0],), (tiles[1],)), (2, 3, 4), 1), tiny.Sample(((tiles[2],),), (3, 5), 2)]
-    inputs = {**tiny.prompts(net, samples), "pixel_values": made["pixel_values"]}
-    with apply(net, "fastervlm", keep=0.25) as run:
-        output = net.generate(**inputs, max_new_tokens=3, do_sample=False)
-        images = run.report().images
-    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
-    assert [image.before for image in images] == [count * EACH for count in tiles]
-    assert [image.after for image in images] == [get("fastervlm", keep=0.25).promise(count * EACH).count for count in tiles]
 
 
 def test_what_pixel_shuffle_has_no_place_for_is_refused() -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from witness import Stand, watching
 
 import tiny
@@ -160,24 +159,3 @@ def test_a_token_is_made_of_the_four_patches_it_names() -> None:
         ]:
             now, was = (torch.cat(list(each)) if not isinstance(each, Tensor) else each for each in (now, was))
             assert (now - was).abs().amax(1).gt(1e-4).nonzero().flatten().tolist() == [token]
-
-
-@torch.no_grad()
-def test_images_of_different_sizes_through_the_familys_own_processor() -> None:
-    import numpy as np
-    from PIL import Image
-
-    net = tiny.model(NAME)
-    processor = Qwen2VLImageProcessorPil(patch_size=tiny.PATCH, size={"shortest_edge": 64, "longest_edge": 64 * 64})
-    rng = np.random.default_rng(0)
-    shots = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((32, 48), (40, 24))]
-    made = processor(shots, return_tensors="pt")
-    grids = [tuple(grid) for grid in made["image_grid_thw"].tolist()]
-    inputs = tiny.prompts(net, [tiny.Sample(tuple(grids), (2, 3, 4), 1)])
-    inputs["pixel_values"] = made["pixel_values"]
-    with apply(net, "divprune", keep=0.5) as run:
-        output = net.generate(**inputs, max_new_tokens=3, do_sample=False)
-        images = run.report().images
-    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
-    assert [image.before for image in images] == [t * h * w // 4 for t, h, w in grids]
-    assert [image.after for image in images] == [round(image.before / 2) for image in images]

@@ -145,7 +145,7 @@ def windowed(grids: list[tuple[int, int, int]]) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [False, True], ids=["pages", "video"])
-@pytest.mark.parametrize("name", QWENS)
+@pytest.mark.parametrize("name", [*QWENS, "Qwen3VLForConditionalGeneration", "Glm4vForConditionalGeneration"])
 def test_dropping_groups_equals_hiding_them_in_the_full_tower(name: str, frames: bool) -> None:
     net = tiny.model(name)
     inputs = page_inputs(net, frames)

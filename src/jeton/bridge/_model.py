@@ -15,7 +15,7 @@ import math
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,9 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
-    LlavaNextPreTrainedModel,
     LlavaNextProcessor,
-    LlavaPreTrainedModel,
     LlavaProcessor,
+    PreTrainedModel,
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
@@ -43,6 +42,37 @@ from ..registry import find, nearest
 from ._common import Bridge
 
 
+class _Parts:
+    """The model without its head: encoder, bridge and language model. `more`: what else it has of its own."""
+
+    def __init__(self, config: Any, **more: Any) -> None:
+        PreTrainedModel.__init__(self, config)  # LLaVA's own would make a projector
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = make(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        for name, value in more.items():
+            setattr(self, name, value)
+        self.post_init()
+        self.multi_modal_projector.enter(self.vision_tower)
+
+
+class _Whole:
+    """The model of class `inside` and its head."""
+
+    inside: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.inside(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.loss_type = "ForConditionalGeneration"  # transformers looks it up by the name of its own classes
+        self.post_init()
+
+    @property
+    def bridge(self) -> Bridge:
+        return self.model.multi_modal_projector
+
+
 class BridgedLlavaConfig(LlavaConfig):
     """LLaVA's configuration and `bridge`: {"id": ..., option: value}."""
 
@@ -50,18 +80,10 @@ class BridgedLlavaConfig(LlavaConfig):
     bridge: dict | None = None
 
 
-class BridgedLlavaModel(LlavaModel):
+class BridgedLlavaModel(_Parts, LlavaModel):
     """The model without its head; `multi_modal_projector` is the bridge."""
 
     config_class = BridgedLlavaConfig
-
-    def __init__(self, config: BridgedLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = make(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
-        self.multi_modal_projector.enter(self.vision_tower)
 
     @functools.wraps(LlavaModel.get_image_features)  # `generate` reads its parameters
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,21 +139,10 @@ class BridgedLlavaModel(LlavaModel):
         return self.multi_modal_projector.fuse(embeds, visual, tokens.to(embeds), context.to(embeds), usable)
 
 
-class BridgedLlava(LlavaForConditionalGeneration):
+class BridgedLlava(_Whole, LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` with a bridge. What `labels` mark as answers is no instruction to a bridge that fuses."""
 
-    config_class = BridgedLlavaConfig
-
-    def __init__(self, config: BridgedLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
-        self.model = BridgedLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.loss_type = "ForConditionalGeneration"  # transformers looks it up by the name of its own classes
-        self.post_init()
-
-    @property
-    def bridge(self) -> Bridge:
-        return self.model.multi_modal_projector
+    config_class, inside = BridgedLlavaConfig, BridgedLlavaModel
 
     def forward(
         self,
@@ -161,19 +172,15 @@ class BridgedLlavaNextConfig(LlavaNextConfig):
     bridge: dict | None = None
 
 
-class BridgedLlavaNextModel(LlavaNextModel):
+class BridgedLlavaNextModel(_Parts, LlavaNextModel):
     """The model without its head; the bridge makes a square grid of tokens of every crop, stitched as patches are."""
 
     config_class = BridgedLlavaNextConfig
 
     def __init__(self, config: BridgedLlavaNextConfig) -> None:
-        LlavaNextPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = make(config)
-        self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size) * config.text_config.hidden_size**-0.5)
-        self.vocab_size = config.text_config.vocab_size
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
+        text = config.text_config
+        newline = nn.Parameter(torch.randn(text.hidden_size) * text.hidden_size**-0.5)
+        super().__init__(config, image_newline=newline, vocab_size=text.vocab_size)
 
     @functools.wraps(LlavaNextModel.get_image_features)  # `generate` reads its parameters
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,21 +217,10 @@ class BridgedLlavaNextModel(LlavaNextModel):
         return torch.cat([features[0], whole.flatten(1).T])
 
 
-class BridgedLlavaNext(LlavaNextForConditionalGeneration):
+class BridgedLlavaNext(_Whole, LlavaNextForConditionalGeneration):
     """`LlavaNextForConditionalGeneration` with a bridge."""
 
-    config_class = BridgedLlavaNextConfig
-
-    def __init__(self, config: BridgedLlavaNextConfig) -> None:
-        LlavaNextPreTrainedModel.__init__(self, config)
-        self.model = BridgedLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.loss_type = "ForConditionalGeneration"  # transformers looks it up by the name of its own classes
-        self.post_init()
-
-    @property
-    def bridge(self) -> Bridge:
-        return self.model.multi_modal_projector
+    config_class, inside = BridgedLlavaNextConfig, BridgedLlavaNextModel
 
 
 BRIDGED = {

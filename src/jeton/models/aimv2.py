@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .base import Encoder, Parts, adapter
+from .base import Encoder, Parts
+from .registry import adapter
 
 
 @adapter("Aimv2VisionModel")
@@ -15,6 +16,7 @@ class Aimv2(Encoder):
     """Only those made for native resolution take pictures of other sizes."""
 
     example: ClassVar = {"is_native": True}
+    gated_mlp = True
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
     fixed = ("has position embeddings of one size", "a checkpoint made for native resolution, or pool")
@@ -33,7 +35,3 @@ class Aimv2(Encoder):
     @property
     def probe(self) -> nn.Module | None:
         return getattr(self.model, "head", None)
-
-    @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.intermediate_size, True

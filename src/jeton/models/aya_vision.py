@@ -13,9 +13,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..layout import Geometry
-from .base import Inputs, adapter
+from .base import Inputs
 from .internvl import seams, side_by_side
 from .llava import Llava
+from .registry import adapter
 
 
 @adapter("AyaVisionForConditionalGeneration", "AyaVisionModel")

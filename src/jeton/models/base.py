@@ -1,15 +1,15 @@
 """What jeton must know of a model, as two small views: `Encoder` and `VisionLanguage`. One file per family fills them in.
 
-Adding a family: subclass the view, name its parts, and register it under the transformers class names.
+Adding a family: subclass the view, name its parts, and register it under the transformers class names (`registry.adapter`).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,8 @@ class Encoder(View):
     groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
     pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
     tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of
-    transformers' registry. argument: what `entrance` calls the pixels. pixel_mean, pixel_std: how the family's processor
-    normalises pixels unless told otherwise. example, home: see `View`.
+    transformers' registry. argument: what `entrance` calls the pixels. gated_mlp: whether MLPs are. pixel_mean, pixel_std: how
+    the family's processor normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -94,6 +94,7 @@ class Encoder(View):
     pools_special: bool = False
     functional: bool = False
     argument: str = "pixel_values"
+    gated_mlp: bool = False
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -224,10 +225,17 @@ class Encoder(View):
         return (sides[0] // self.patch_size) * (sides[1] // self.patch_size)
 
     @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def mlp_width(self) -> int:
+        return self.model.config.intermediate_size
+
+    @property
     def dims(self) -> tuple[int, int, bool]:
         """Width, MLP width and whether the MLP is gated, for counting FLOPs."""
-        config = self.model.config
-        return config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), False
+        return self.width, self.mlp_width, self.gated_mlp
 
 
 class VisionLanguage(View):
@@ -392,65 +400,3 @@ class VisionLanguage(View):
         config = self.decoder.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return config.hidden_size, config.num_key_value_heads * head, config.intermediate_size, True
-
-
-class Registry:
-    """Views by the class name of the transformers model they fit; refused: why there can be none for a model, and what to do."""
-
-    encoders: ClassVar[dict[str, type[Encoder]]] = {}
-    models: ClassVar[dict[str, type[VisionLanguage]]] = {}
-    refused: ClassVar[dict[str, str]] = {}
-
-
-V = TypeVar("V", bound=type)
-
-
-def adapter(*names: str) -> Callable[[V], V]:
-    """Class decorator: this view fits the transformers classes of these names."""
-
-    def file(view: V) -> V:
-        shelf = Registry.models if issubclass(view, VisionLanguage) else Registry.encoders
-        shelf.update(dict.fromkeys(names, view))
-        return view
-
-    return file
-
-
-def adapt(model: nn.Module) -> Encoder | VisionLanguage:
-    """The view that fits a model, or the encoder inside a model with a task head on top."""
-    for candidate in _inside(model):
-        name = type(candidate).__name__
-        if name in Registry.models:
-            return Registry.models[name](candidate)
-        if name in Registry.encoders:
-            return Registry.encoders[name](candidate)
-        if name in Registry.refused:
-            raise Unsupported(f"{name} {Registry.refused[name]}")
-    known = ", ".join(sorted([*Registry.models, *Registry.encoders]))
-    raise Unsupported(
-        f"jeton has no adapter for {type(model).__name__}. It knows {known}; adding a family is one small file in jeton/models."
-    )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what torch.compile, peft and parallel training wrap around it."""
-    while True:
-        if isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
-            model = compiled
-        elif hasattr(model, "get_base_model"):  # peft
-            model = model.get_base_model()  # type: ignore[operator]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def _inside(model: nn.Module) -> Iterator[nn.Module]:
-    model = unwrapped(model)
-    yield model
-    base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and base is not model:
-        yield base
-    vision = getattr(model, "vision_model", None)
-    if isinstance(vision, nn.Module):
-        yield vision

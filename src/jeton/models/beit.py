@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Parts, adapter
+from .base import Parts
+from .registry import adapter
 from .vit import ViT
 
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import nn
 
 from ..layout import Album, Geometry
-from .base import Inputs, adapter
+from .base import Inputs
 from .llava import Llava
 from .llava_next import any_resolution
+from .registry import adapter
 
 
 @adapter("BridgedLlava", "BridgedLlavaModel")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, adapter
+from .base import Encoder, Inputs, Parts
+from .registry import adapter
 
 
 class _Tower(Encoder):

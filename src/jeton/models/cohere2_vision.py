@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .aya_vision import AyaVision
-from .base import adapter
+from .registry import adapter
 
 
 @adapter("Cohere2VisionForConditionalGeneration", "Cohere2VisionModel")

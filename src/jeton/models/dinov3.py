@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import adapter
-from .vit import Dinov2
+from .registry import adapter
+from .vit import LayerScaled
 
 
 @adapter("DINOv3ViTModel")
-class Dinov3(Dinov2):
+class Dinov3(LayerScaled):
     """Every block is handed the cosines and sines of all patches; the engine takes those of the tokens that are left. A merged
     token is turned as the one that represents it."""
 
@@ -22,6 +22,5 @@ class Dinov3(Dinov2):
         return list(self.model.model.layer)
 
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        config = self.model.config
-        return config.hidden_size, config.intermediate_size, config.use_gated_mlp
+    def gated_mlp(self) -> bool:  # type: ignore[override]
+        return self.model.config.use_gated_mlp

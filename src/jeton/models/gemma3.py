@@ -7,7 +7,8 @@ What its processor crops out of an image (pan and scan) it shows as images of th
 from __future__ import annotations
 
 from ..layout import Album, Geometry
-from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, VisionLanguage
+from .registry import adapter, encoder_in
 
 
 @adapter("Gemma3ForConditionalGeneration", "Gemma3Model")
@@ -16,9 +17,7 @@ class Gemma3(VisionLanguage):
     masked_above = True
 
     def vision(self) -> Encoder:
-        tower = adapt(self.base.vision_tower)
-        assert isinstance(tower, Encoder)
-        return tower
+        return encoder_in(self.base.vision_tower)
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         projector = self.base.multi_modal_projector

@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Gated, Inputs, Parts, adapter
-from .qwen2_vl import Qwen2Tower, Qwen2VL
+from .base import Gated, Inputs, Parts
+from .qwen2_vl import Qwen2VL, QwenTower
+from .registry import adapter
 
 
 @adapter("Glm4vVisionModel")
-class Glm4vTower(Qwen2Tower):
+class Glm4vTower(QwenTower):
+    gated_mlp = True
+
     def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
         """Position embeddings are sampled sequence by sequence, by the grid of each: those that lose all patches lose it too."""
         grid = inputs["grid_thw"]
@@ -21,8 +24,8 @@ class Glm4vTower(Qwen2Tower):
         return {**super().shortened(inputs, kept), "grid_thw": grid[ends.diff(prepend=ends.new_zeros(1)) > 0]}
 
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.out_hidden_size, True
+    def mlp_width(self) -> int:
+        return self.model.config.out_hidden_size
 
 
 @adapter("Glm4vForConditionalGeneration", "Glm4vModel")

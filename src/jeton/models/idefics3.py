@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..layout import Geometry
 from ..method import Unsupported
-from .base import Encoder, Inputs, VisionLanguage, adapter
+from .base import Encoder, Inputs, VisionLanguage
 from .clip import Siglip
+from .registry import adapter
 
 
 @adapter("Idefics3VisionTransformer", "SmolVLMVisionTransformer")

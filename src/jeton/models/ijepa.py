@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import adapter
+from .registry import adapter
 from .vit import ViT
 
 

@@ -13,7 +13,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..layout import Geometry
 from ..method import Unsupported
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
+from .registry import adapter
 
 
 @adapter("InternVLVisionModel")

@@ -6,8 +6,9 @@ from torch import nn
 
 from ..layout import Geometry
 from ..method import Unsupported
-from .base import Encoder, Inputs, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, VisionLanguage
 from .pixtral import BREAKS, Pixtral
+from .registry import adapter, encoder_in
 
 
 @adapter("LlavaForConditionalGeneration", "LlavaModel")
@@ -27,9 +28,7 @@ class Llava(VisionLanguage):
             )
 
     def vision(self) -> Encoder:
-        tower = adapt(self.base.vision_tower)
-        assert isinstance(tower, Encoder)
-        return tower
+        return encoder_in(self.base.vision_tower)
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         self.check()

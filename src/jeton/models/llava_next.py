@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..layout import NEWLINE, Geometry
-from .base import Inputs, adapter
+from .base import Inputs
 from .llava import Llava
+from .registry import adapter
 
 
 @adapter("LlavaNextForConditionalGeneration", "LlavaNextModel")
@@ -51,8 +52,15 @@ class LlavaNextVideo(LlavaNext):
         if stream == "image":
             return super().geometry(inputs, stream)
         self.check()
-        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        videos, frames = shown_videos(inputs)
         return [_pooled_video(frames, self.side, self.model.config.spatial_pool_stride)] * videos
+
+
+def shown_videos(inputs: Inputs) -> tuple[int, int]:
+    """How many videos `get_video_features` is given, and frames of each; older versions call them pixel_values."""
+    pixels = inputs["pixel_values_videos"] if "pixel_values_videos" in inputs else inputs["pixel_values"]
+    videos, frames = pixels.shape[:2]
+    return videos, frames
 
 
 @lru_cache(maxsize=64)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..layout import NEWLINE, Geometry
-from ..method import Unsupported
-from .base import Inputs, adapter
-from .llava_next import LlavaNext, bilinear_taps, pooled_frames
+from .base import Inputs
+from .llava_next import LlavaNext, bilinear_taps, pooled_frames, shown_videos
+from .registry import adapter
 
 
 @adapter("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionModel")
@@ -28,12 +28,7 @@ class LlavaOnevision(LlavaNext):
         self.check()
         side = self.side
         if stream == "video":
-            if "pixel_values_videos" not in inputs:
-                raise Unsupported(
-                    "this version of transformers adds the newline of LLaVA-OneVision's videos outside of get_video_features, "
-                    "where jeton does not see it; update transformers, or ask about images."
-                )
-            videos, frames = inputs["pixel_values_videos"].shape[:2]
+            videos, frames = shown_videos(inputs)
             return [_video(frames, side)] * videos
         aspect = inputs.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         limit = int(aspect.removeprefix("anyres_max_"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Registry
+from .registry import Registry
 
 Registry.refused |= dict.fromkeys(
     ("MllamaForConditionalGeneration", "MllamaModel", "MllamaForCausalLM", "MllamaVisionModel"),

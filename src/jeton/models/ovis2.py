@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
 from .internvl import seams, side_by_side
+from .registry import adapter
 
 
 class Ovis2Tower(Encoder):
@@ -21,6 +22,7 @@ class Ovis2Tower(Encoder):
 
     resizable = False
     fixed = ("has position embeddings for pictures of one size alone", "divprune or another method of the site entry")
+    gated_mlp = True
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
 
@@ -30,10 +32,6 @@ class Ovis2Tower(Encoder):
 
     def parts(self, block: nn.Module) -> Parts:
         return Parts(block.rms_norm1, block.attention, block.rms_norm2, block.ffn)
-
-    @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.intermediate_size, True
 
 
 @adapter("Ovis2ForConditionalGeneration", "Ovis2Model")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import adapter
 from .llava import Llava
+from .registry import adapter
 
 
 @adapter("PaliGemmaForConditionalGeneration", "PaliGemmaModel")

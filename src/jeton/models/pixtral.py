@@ -13,7 +13,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..layout import Geometry
 from ..method import Unsupported
 from ..ops import pixels
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapt, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
+from .registry import adapter, encoder_in
 
 BREAKS = "the break tokens behind the rows of a picture"
 
@@ -21,6 +22,7 @@ BREAKS = "the break tokens behind the rows of a picture"
 @adapter("PixtralVisionModel")
 class Pixtral(Encoder):
     packed = True
+    gated_mlp = True
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
 
@@ -57,10 +59,6 @@ class Pixtral(Encoder):
         patches = self.patches(padded).flatten(0, 1)[real.to(padded.device)][None]
         return pixels.grey(patches, self.pixel_mean if mean is None else mean, self.pixel_std if std is None else std)
 
-    @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.intermediate_size, True
-
 
 @adapter("Mistral3ForConditionalGeneration", "Mistral3Model")
 class Mistral3(VisionLanguage):
@@ -72,7 +70,7 @@ class Mistral3(VisionLanguage):
         return self.base.multi_modal_projector
 
     def vision(self) -> Pixtral:
-        tower = adapt(self.base.vision_tower)
+        tower = encoder_in(self.base.vision_tower)
         if not isinstance(tower, Pixtral):
             raise Unsupported(f"{self.name} has a {tower.name} for a tower; jeton reads Mistral 3 with a PixtralVisionModel.")
         return tower

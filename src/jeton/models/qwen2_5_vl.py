@@ -5,31 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Inputs, adapter
-from .qwen2_vl import Qwen2Tower, Qwen2VL, ends_among
+from .base import Inputs
+from .qwen2_vl import Qwen2VL, QwenTower, ends_among
+from .registry import adapter
 
 
 @adapter("Qwen2_5_VisionTransformerPretrainedModel")
-class Qwen25Tower(Qwen2Tower):
+class Qwen25Tower(QwenTower):
     home = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+    gated_mlp = True
 
     def unpack(self, record: list[Tensor], inputs: Inputs) -> Tensor:
         """The tower attends in windows of permuted 2x2 groups: join the calls and put the groups back."""
         joined = torch.cat(record, dim=-1)
-        order = inputs["window_index"] if "window_index" in inputs else self._windows(inputs["grid_thw"])
+        order = inputs["window_index"] if "window_index" in inputs else self._windows(inputs["grid_thw"])[0]
         group = self.model.spatial_merge_unit
         back = torch.argsort(order)
         return joined.unflatten(-1, (-1, group))[..., back, :].flatten(-2)
 
     def shortened(self, inputs: Inputs, kept: Tensor) -> dict:
         """The windows are those of the whole grid, each with the groups that are left of it."""
-        from transformers.vision_utils import get_vision_window_index
-
-        model, group = self.model, self.model.spatial_merge_unit
-        order, ends = get_vision_window_index(
-            inputs["grid_thw"], model.spatial_merge_size, window_size=model.window_size, patch_size=model.patch_size
-        )
-        order = order.to(kept.device)
+        group = self.model.spatial_merge_unit
+        order, ends = (part.to(kept.device) for part in self._windows(inputs["grid_thw"]))
         stays = torch.zeros_like(order, dtype=torch.bool).index_fill(0, kept[::group] // group, True)
         listed = stays[order]
         number = stays.cumsum(0) - 1
@@ -44,25 +41,18 @@ class Qwen25Tower(Qwen2Tower):
             return n
         return min(n, (self.model.window_size // self.model.patch_size) ** 2)
 
-    @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.intermediate_size, True
-
-    def _windows(self, grid: Tensor) -> Tensor:
+    def _windows(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """The groups in the order of the windows, and where windows end, in patches."""
         model = self.model
         if hasattr(model, "get_window_index"):
-            index = model.get_window_index(grid)[0]
+            order, ends = model.get_window_index(grid)
         else:
-            from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+            from transformers.vision_utils import get_vision_window_index
 
-            index = get_vision_window_index(
-                grid,
-                spatial_merge_size=model.spatial_merge_size,
-                window_size=model.window_size,
-                patch_size=model.patch_size,
-                kwargs={},
-            )[0]
-        return torch.as_tensor(index, device=grid.device)
+            order, ends = get_vision_window_index(
+                grid, model.spatial_merge_size, window_size=model.window_size, patch_size=model.patch_size
+            )
+        return torch.as_tensor(order, device=grid.device), torch.as_tensor(ends, device=grid.device)
 
 
 @adapter("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLModel")

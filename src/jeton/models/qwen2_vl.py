@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..layout import Geometry
-from .base import Encoder, Inputs, Parts, VisionLanguage, adapter
+from .base import Encoder, Inputs, Parts, VisionLanguage
+from .registry import adapter
 
 
-@adapter("Qwen2VisionTransformerPretrainedModel")
-class Qwen2Tower(Encoder):
-    home = "transformers.models.qwen2_vl.modeling_qwen2_vl"
+class QwenTower(Encoder):
+    """What the towers of the family have in common."""
+
     packed = True
     pixel_mean = tuple(OPENAI_CLIP_MEAN)
     pixel_std = tuple(OPENAI_CLIP_STD)
@@ -48,10 +49,18 @@ class Qwen2Tower(Encoder):
             "cu_seqlens": ends_among(kept, get_vision_cu_seqlens(grid)),
         }
 
+
+@adapter("Qwen2VisionTransformerPretrainedModel")
+class Qwen2Tower(QwenTower):
+    home = "transformers.models.qwen2_vl.modeling_qwen2_vl"
+
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        config = self.model.config
-        return config.embed_dim, config.embed_dim * config.mlp_ratio, False
+    def width(self) -> int:
+        return self.model.config.embed_dim  # its hidden_size is the language model's
+
+    @property
+    def mlp_width(self) -> int:
+        return self.width * self.model.config.mlp_ratio
 
 
 def ends_among(kept: Tensor, ends: Tensor) -> Tensor:

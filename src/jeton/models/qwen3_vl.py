@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Inputs, adapter
-from .qwen2_vl import Qwen2Tower, Qwen2VL
+from .base import Inputs
+from .qwen2_vl import Qwen2VL, QwenTower
+from .registry import adapter
 
 
 @adapter("Qwen3VLVisionModel")
-class Qwen3Tower(Qwen2Tower):
+class Qwen3Tower(QwenTower):
     pixel_mean = (0.5, 0.5, 0.5)
     pixel_std = (0.5, 0.5, 0.5)
     outputs = ("pooler_output", "deepstack_features")
@@ -27,10 +28,6 @@ class Qwen3Tower(Qwen2Tower):
             spatial_merge_size=model.spatial_merge_size,
         )
         return {**super().shortened(inputs, kept), "interp_indices": indices[kept], "interp_weights": weights[kept]}
-
-    @property
-    def dims(self) -> tuple[int, int, bool]:
-        return self.model.config.hidden_size, self.model.config.intermediate_size, False
 
 
 @adapter("Qwen3VLForConditionalGeneration", "Qwen3VLModel")

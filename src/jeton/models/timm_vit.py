@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..method import Unsupported
-from .base import Encoder, Parts, adapter
+from .base import Encoder, Parts
+from .registry import adapter
 
 
 @adapter("VisionTransformer", "VisionTransformerDistilled")
@@ -47,13 +51,14 @@ class TimmVit(Encoder):
 
     @property
     def pixel_mean(self) -> tuple[float, ...]:  # type: ignore[override]
-        return self._processed("mean", Encoder.pixel_mean)
+        return self._processed("mean", IMAGENET_DEFAULT_MEAN)
 
     @property
     def pixel_std(self) -> tuple[float, ...]:  # type: ignore[override]
-        return self._processed("std", Encoder.pixel_std)
+        return self._processed("std", IMAGENET_DEFAULT_STD)
 
-    def _processed(self, name: str, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+    def _processed(self, name: str, otherwise: Sequence[float]) -> tuple[float, ...]:
+        """From the configuration of the weights, or as timm has it where there is none."""
         told = getattr(self.model, "pretrained_cfg", None) or {}
         return tuple(told.get(name, otherwise))
 
@@ -113,6 +118,13 @@ class TimmVit(Encoder):
         return {"avg": mean, "max": most, "avgmax": 0.5 * (mean + most)}[self.model.global_pool]
 
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        mlp = self.blocks[0].mlp
-        return self.model.embed_dim, mlp.fc2.in_features, type(mlp).__name__ in ("GluMlp", "SwiGLU")
+    def width(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return self.blocks[0].mlp.fc2.in_features  # type: ignore[union-attr, return-value]
+
+    @property
+    def gated_mlp(self) -> bool:  # type: ignore[override]
+        return type(self.blocks[0].mlp).__name__ in ("GluMlp", "SwiGLU")

@@ -10,7 +10,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..layout import Geometry
 from ..method import Unsupported
 from ..ops.pixels import cut
-from .base import Inputs, Parts, adapter
+from .base import Inputs, Parts
+from .registry import adapter
 from .vit import ViT
 
 

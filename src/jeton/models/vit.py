@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import Encoder, Parts, adapter
+from .base import Encoder, Parts
+from .registry import adapter
 
 
 @adapter("ViTModel")
@@ -32,8 +33,7 @@ class DeiT(ViT):
     pixel_std = tuple(IMAGENET_DEFAULT_STD)
 
 
-@adapter("Dinov2Model")
-class Dinov2(ViT):
+class LayerScaled(ViT):
     """Layer scale and stochastic depth around each half of the block."""
 
     pixel_mean = tuple(IMAGENET_DEFAULT_MEAN)
@@ -51,10 +51,17 @@ class Dinov2(ViT):
             drop2=block.drop_path,
         )
 
+
+@adapter("Dinov2Model")
+class Dinov2(LayerScaled):
     @property
-    def dims(self) -> tuple[int, int, bool]:
-        config = self.model.config
-        return config.hidden_size, int(config.hidden_size * config.mlp_ratio), False
+    def gated_mlp(self) -> bool:  # type: ignore[override]
+        return self.model.config.use_swiglu_ffn
+
+    @property
+    def mlp_width(self) -> int:
+        wide = int(self.width * self.model.config.mlp_ratio)
+        return -(-(wide * 2 // 3) // 8) * 8 if self.gated_mlp else wide  # as many weights in three matrices as in two
 
 
 @adapter("Dinov2WithRegistersModel")

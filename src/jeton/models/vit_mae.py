@@ -9,7 +9,7 @@ from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..method import Unsupported
-from .base import adapter
+from .registry import adapter
 from .vit import ViT
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import adapter
+from .registry import adapter
 from .vit import ViT
 
 

@@ -18,7 +18,7 @@ class Residual(Quantizer):
     Losses are the stages', averaged. The gradient passes all stages in one step. To share one codebook, give the same quantizer
     several times. ``decode`` takes ids of the first stages alone as well: (..., m). More stages are not always nearer: only a
     codebook that holds 0 can leave a small residual alone. SoundStream: An End-to-End Neural Audio Codec, 2021,
-    arXiv:2107.03312.
+    arXiv:2107.03312. vector-quantize-pytorch has a residual class for each of its own quantizers; stages here are any.
     """
 
     def __init__(self, stages: Iterable[Quantizer]) -> None:
@@ -46,7 +46,8 @@ class Residual(Quantizer):
 
 
 class Product(Quantizer):
-    """z is cut into parts, one quantizer each: ids (..., G), losses averaged over the parts."""
+    """z is cut into parts, one quantizer each: ids (..., G), losses averaged over the parts. vector-quantize-pytorch's grouped
+    classes have residual quantizers of its own for parts, and equal widths."""
 
     def __init__(self, parts: Iterable[Quantizer]) -> None:
         super().__init__()
