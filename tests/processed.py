@@ -39,6 +39,7 @@ from transformers.models.videomae.image_processing_pil_videomae import VideoMAEI
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import tiny
+import tiny_cohere2
 import tiny_internvl
 import with_timm
 from tokenized import tokenizer
@@ -72,6 +73,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "Dinov2WithRegistersModel": lambda: BitImageProcessorPil(**CROPPED, **IMAGENET),
     "DINOv3ViTModel": lambda: transformers.DINOv3ViTImageProcessor(size=SQUARE),
     "ViTMAEModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
+    "ViTMSNModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
     "BeitModel": lambda: BeitImageProcessorPil(size=SQUARE, do_center_crop=False),
     "IJepaModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
     "Aimv2VisionModel": lambda: CLIPImageProcessorPil(**CROPPED),
@@ -209,6 +211,16 @@ def internvl() -> list[tiny.Inputs]:
     return written(processor, "<IMG_CONTEXT>", "<video>", flat=True)
 
 
+def cohere2() -> list[tiny.Inputs]:
+    size, (start, end, line) = {"height": tiny_cohere2.TILE, "width": tiny_cohere2.TILE}, tiny_cohere2.MARKS
+    names = {"<|IMG_PATCH|>": tiny.IMAGE, "<|START_OF_IMG|>": start, "<|END_OF_IMG|>": end, "<|IMG_LINE_BREAK|>": line}
+    told = {"image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>"}
+    told["img_line_break_token"] = "<|IMG_LINE_BREAK|>"
+    ids = {f"{name}_id": names[token] for name, token in told.items()}
+    images = transformers.Cohere2VisionImageProcessor(size=size, min_patches=1, max_patches=4, patch_size=4, downsample_factor=1)
+    return written(transformers.Cohere2VisionProcessor(images, tokenizer(names, **told, **ids)), "<|IMG_PATCH|>", flat=True)
+
+
 LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": llava_next,
@@ -219,6 +231,7 @@ LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "Qwen3VLForConditionalGeneration": lambda: qwen(transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor),
     "Glm4vForConditionalGeneration": glm4v,
     "InternVLForConditionalGeneration": internvl,
+    "Cohere2VisionForConditionalGeneration": cohere2,
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import GLM4V, INTERNVL, LLAVA, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3
+from cases import COHERE2, GLM4V, INTERNVL, LLAVA, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3
 from PIL import Image
 from references import CLOSE, difference, generated, recomputed, visual
 from witness import spied
@@ -38,6 +38,7 @@ SHOWN: dict[str, list[list[tuple[int, int]]]] = {
     QWEN: [GROUPS],
     QWEN3: [GROUPS],
     GLM4V: [GROUPS[:3], [(0, 24)]],
+    COHERE2: [[(0, 3 * 16), (0, 3 * 16), (1, 16)]],
     INTERNVL: [[(0, 3 * 9), (0, 4 * 9), (1, 9), *[(2, 9)] * 4]],  # frames are images to it
 }
 
