@@ -41,6 +41,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import tiny
 import tiny_cohere2
 import tiny_internvl
+import tiny_pixtral
 import with_timm
 from tokenized import tokenizer
 
@@ -76,6 +77,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "ViTMSNModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
     "BeitModel": lambda: BeitImageProcessorPil(size=SQUARE, do_center_crop=False),
     "IJepaModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
+    "InternVLVisionModel": lambda: GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False, **IMAGENET),
     "Aimv2VisionModel": lambda: CLIPImageProcessorPil(**CROPPED),
     "VideoMAEModel": lambda: VideoMAEImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **IMAGENET
@@ -102,7 +104,9 @@ def encoder_inputs(name: str) -> list[tiny.Inputs]:
     frames = exact(name).shape[:-3]
     shown = [exact(name), picture(30, 50, *frames), picture(64, 20, *frames)]
     videos = [list(one) if frames else Image.fromarray(one) for one in shown]
-    return [dict(ENCODERS[name]()(videos, return_tensors="pt"))]
+    made = dict(ENCODERS[name]()(videos, return_tensors="pt"))
+    made.pop("num_patches", None)
+    return [made]
 
 
 GRID = {"patch_size": tiny.PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
@@ -221,6 +225,16 @@ def cohere2() -> list[tiny.Inputs]:
     return written(transformers.Cohere2VisionProcessor(images, tokenizer(names, **told, **ids)), "<|IMG_PATCH|>", flat=True)
 
 
+def pixtral(side: int) -> list[tiny.Inputs]:
+    processor = transformers.PixtralProcessor(
+        PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size=tiny.PATCH * side),
+        tokenizer({"[IMG]": tiny.IMAGE, "[IMG_BREAK]": tiny_pixtral.BREAK, "[IMG_END]": tiny.END}),
+        patch_size=tiny.PATCH,
+        spatial_merge_size=side,
+    )
+    return written(processor, "[IMG]")
+
+
 LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": llava_next,
@@ -232,6 +246,8 @@ LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "Glm4vForConditionalGeneration": glm4v,
     "InternVLForConditionalGeneration": internvl,
     "Cohere2VisionForConditionalGeneration": cohere2,
+    "Mistral3ForConditionalGeneration": partial(pixtral, 2),
+    "LlavaForConditionalGeneration-pixtral": partial(pixtral, 1),
 }
 
 
