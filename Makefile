@@ -33,5 +33,5 @@ clean:
 .venv/testing: .venv/installed
 	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps timm  # with its dependencies another torch would come
-	$(PIP) --no-deps --target .venv/apart torchvision  # see tests/with_timm.py
+	$(PIP) --no-deps --target .venv/apart torchvision  # see tests/apart.py
 	touch $@

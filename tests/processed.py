@@ -39,7 +39,9 @@ from transformers.models.videomae.image_processing_pil_videomae import VideoMAEI
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import tiny
+import tiny_cohere2
 import tiny_internvl
+import tiny_pixtral
 import with_timm
 from tokenized import tokenizer
 
@@ -72,8 +74,10 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "Dinov2WithRegistersModel": lambda: BitImageProcessorPil(**CROPPED, **IMAGENET),
     "DINOv3ViTModel": lambda: transformers.DINOv3ViTImageProcessor(size=SQUARE),
     "ViTMAEModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
+    "ViTMSNModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
     "BeitModel": lambda: BeitImageProcessorPil(size=SQUARE, do_center_crop=False),
     "IJepaModel": lambda: ViTImageProcessorPil(size=SQUARE, **IMAGENET),
+    "InternVLVisionModel": lambda: GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False, **IMAGENET),
     "Aimv2VisionModel": lambda: CLIPImageProcessorPil(**CROPPED),
     "VideoMAEModel": lambda: VideoMAEImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, **IMAGENET
@@ -100,7 +104,9 @@ def encoder_inputs(name: str) -> list[tiny.Inputs]:
     frames = exact(name).shape[:-3]
     shown = [exact(name), picture(30, 50, *frames), picture(64, 20, *frames)]
     videos = [list(one) if frames else Image.fromarray(one) for one in shown]
-    return [dict(ENCODERS[name]()(videos, return_tensors="pt"))]
+    made = dict(ENCODERS[name]()(videos, return_tensors="pt"))
+    made.pop("num_patches", None)
+    return [made]
 
 
 GRID = {"patch_size": tiny.PATCH, "size": {"shortest_edge": 64, "longest_edge": 4096}}
@@ -209,6 +215,26 @@ def internvl() -> list[tiny.Inputs]:
     return written(processor, "<IMG_CONTEXT>", "<video>", flat=True)
 
 
+def cohere2() -> list[tiny.Inputs]:
+    size, (start, end, line) = {"height": tiny_cohere2.TILE, "width": tiny_cohere2.TILE}, tiny_cohere2.MARKS
+    names = {"<|IMG_PATCH|>": tiny.IMAGE, "<|START_OF_IMG|>": start, "<|END_OF_IMG|>": end, "<|IMG_LINE_BREAK|>": line}
+    told = {"image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>"}
+    told["img_line_break_token"] = "<|IMG_LINE_BREAK|>"
+    ids = {f"{name}_id": names[token] for name, token in told.items()}
+    images = transformers.Cohere2VisionImageProcessor(size=size, min_patches=1, max_patches=4, patch_size=4, downsample_factor=1)
+    return written(transformers.Cohere2VisionProcessor(images, tokenizer(names, **told, **ids)), "<|IMG_PATCH|>", flat=True)
+
+
+def pixtral(side: int) -> list[tiny.Inputs]:
+    processor = transformers.PixtralProcessor(
+        PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size=tiny.PATCH * side),
+        tokenizer({"[IMG]": tiny.IMAGE, "[IMG_BREAK]": tiny_pixtral.BREAK, "[IMG_END]": tiny.END}),
+        patch_size=tiny.PATCH,
+        spatial_merge_size=side,
+    )
+    return written(processor, "[IMG]")
+
+
 LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "LlavaForConditionalGeneration": llava,
     "LlavaNextForConditionalGeneration": llava_next,
@@ -219,6 +245,9 @@ LANGUAGE: dict[str, Callable[[], list[tiny.Inputs]]] = {
     "Qwen3VLForConditionalGeneration": lambda: qwen(transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor),
     "Glm4vForConditionalGeneration": glm4v,
     "InternVLForConditionalGeneration": internvl,
+    "Cohere2VisionForConditionalGeneration": cohere2,
+    "Mistral3ForConditionalGeneration": partial(pixtral, 2),
+    "LlavaForConditionalGeneration-pixtral": partial(pixtral, 1),
 }
 
 

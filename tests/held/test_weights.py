@@ -84,3 +84,14 @@ def test_a_device_map_with_parts_on_disk(tmp_path) -> None:
     assert before == {name: vars(part).get("_old_forward") for name, part in net.named_modules()}
     with pytest.raises(jeton.Unsupported, match="offloaded"):
         jeton.apply(net, "corematching")
+
+
+@torch.no_grad()
+def test_what_parallel_training_wraps_is_found() -> None:
+    net = tiny.tiny_clip()
+    inputs = tiny.pictures(net)
+    wrapped = nn.DataParallel(net)
+    with jeton.apply(wrapped, "divprune(keep=9)") as run:
+        assert wrapped(**inputs).last_hidden_state.shape[1] == 10 and run.report().images[0].after == 9
+        with pytest.raises(RuntimeError, match="already has"):
+            jeton.apply(net, "random")

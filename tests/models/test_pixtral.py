@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from cases import LLAVA_PIXTRAL, MISTRAL3
-from PIL import Image
-from references import generated
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from witness import Listening
 
 import jeton
@@ -17,7 +13,6 @@ from jeton.models import adapt
 from jeton.needs import PatchEntropy, ReceivedAttention
 from jeton.ops import pixels
 from patches import heard_scores, squares
-from tiny_pixtral import written
 
 SIDES = {MISTRAL3: 2, LLAVA_PIXTRAL: 1}
 GRIDS = [(8, 12), (6, 6), (9, 4), (7, 10)]  # patches of the pictures in tiny's three prompts; two of them odd
@@ -90,36 +85,3 @@ def test_break_tokens_are_not_words_of_the_question() -> None:
     assert torch.equal(between, inputs["input_ids"] == 7)
     assert flow.length < between.shape[1] and flow.between.shape == (len(between), flow.length)  # they move with the columns
     assert torch.equal(flow.between.sum(1), between.sum(1))
-
-
-@pytest.mark.parametrize("name", SIDES)
-def test_what_its_own_processor_writes_is_read(name: str) -> None:
-    """Its part for pixels; the part for text is compared below, where torchvision is there for it."""
-    net, side = tiny.model(name), SIDES[name]
-    made = PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size=tiny.PATCH * side)
-    images = [
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, np.uint8))
-        for i, shape in enumerate([(30, 50, 3), (64, 20, 3)])
-    ]
-    seen = made(images, return_tensors="pt")
-    sizes = [tuple(map(int, size)) for size in seen["image_sizes"]]
-    parts = [written(*(edge // (tiny.PATCH * side) for edge in size)) for size in sizes]
-    ids = torch.cat([parts[0], tiny.words(2, 1)[0], parts[1], tiny.words(4, 2)[0]])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **seen}
-    inputs["image_sizes"] = torch.tensor(sizes)
-    with jeton.apply(net, "divprune", keep=0.5) as run:
-        generated(net, inputs, max_new_tokens=3)
-        report = run.report()
-    assert [image.before for image in report.images] == [int((part == tiny.IMAGE).sum()) for part in parts]
-    assert [image.after for image in report.images] == [round(image.before / 2) for image in report.images]
-
-
-@pytest.mark.parametrize("side", [1, 2])
-def test_prompts_here_are_written_as_its_own_processor_writes_them(side: int) -> None:
-    module = pytest.importorskip("transformers.models.pixtral.processing_pixtral", exc_type=ImportError)  # wants torchvision
-    writer = module.PixtralProcessor.__new__(module.PixtralProcessor)
-    writer.patch_size, writer.spatial_merge_size = tiny.PATCH, side
-    writer.image_token, writer.image_break_token, writer.image_end_token = "I", "B", "E"
-    ids = {"I": tiny.IMAGE, "B": 7, "E": tiny.END}
-    told = writer.replace_image_token({"image_sizes": [(24, 40)]}, 0)
-    assert [ids[sign] for sign in told] == written(6 // side, 10 // side).tolist()

@@ -1,6 +1,6 @@
 """Every family reads what its own processor makes: pictures of different sizes, several of them in a prompt, videos.
 
-Those of Pixtral, Idefics3, SmolVLM, Gemma, PaliGemma, Aya Vision and Ovis2 are in the families' own files.
+Those of Idefics3, SmolVLM, Gemma, PaliGemma, Aya Vision and Ovis2 are in the families' own files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import GLM4V, INTERNVL, LLAVA, LLAVA_NEXT, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3
+from cases import COHERE2, GLM4V, INTERNVL, LLAVA, LLAVA_NEXT, LLAVA_PIXTRAL, MISTRAL3, NEXT_VIDEO, ONEVISION, QWEN, QWEN2, QWEN3
 from PIL import Image
 from references import CLOSE, difference, generated, recomputed, visual
 from witness import spied
@@ -38,6 +38,9 @@ SHOWN: dict[str, list[list[tuple[int, int]]]] = {
     QWEN: [GROUPS],
     QWEN3: [GROUPS],
     GLM4V: [GROUPS[:3], [(0, 24)]],
+    COHERE2: [[(0, 3 * 16), (0, 3 * 16), (1, 16)]],
+    LLAVA_PIXTRAL: [[(0, 7 * 12), (0, 12 * 4), (1, 5 * 5)]],  # the longest edge is 48 pixels at most
+    MISTRAL3: [[(0, 4 * 6), (0, 6 * 2), (1, 3 * 3)]],
     INTERNVL: [[(0, 3 * 9), (0, 4 * 9), (1, 9), *[(2, 9)] * 4]],  # frames are images to it
 }
 

@@ -245,10 +245,11 @@ class VisionLanguage(View):
     is called `language` there. projector: the module that maps encoder features one by one to embeddings, None where there is
     none. mixes: patches are mixed into tokens on the way (patch mergers, pooling, interpolation), so tokens cannot leave inside
     the encoder one by one, and methods of the site encoder act on what comes out. rotary_rows: rows of the position ids.
-    told_by_prompt: only the prompt says which pictures make one image (`prompted`). marks: what stands in the prompt between the
-    tokens of one image; it is text to the model, and stays. deepstack: the decoder's argument with features that are added to
-    visual tokens behind its first layers, and its method that adds them. masked_above: `base` makes the attention masks, so that
-    some tokens see those behind them. needed: arguments without which it does not know which ones.
+    videos: it encodes them by a method of their own. told_by_prompt: only the prompt says which pictures make one image
+    (`prompted`). marks: what stands in the prompt between the tokens of one image; it is text to the model, and stays. deepstack:
+    the decoder's argument with features that are added to visual tokens behind its first layers, and its method that adds them.
+    masked_above: `base` makes the attention masks, so that some tokens see those behind them. needed: arguments without which it
+    does not know which ones.
     """
 
     language: str = "language_model"
@@ -257,6 +258,7 @@ class VisionLanguage(View):
     mixes: bool = False
     rotary_rows: int = 1
     told_by_prompt: bool = False
+    videos: bool = False
     marks: str = ""
     deepstack: tuple[str, str] | None = None
     masked_above: bool = False
@@ -369,7 +371,8 @@ class VisionLanguage(View):
 
     def streams(self) -> dict[str, str]:
         """Kinds of pictures and the method of `base` that encodes them."""
-        return {"image": "get_image_features"}
+        kinds = ("image", "video") if self.videos else ("image",)
+        return {kind: f"get_{kind}_features" for kind in kinds}
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         """One geometry for each image (or video) of one encoder call, in order."""

@@ -44,9 +44,7 @@ class LlavaNextVideo(LlavaNext):
     """Frames are pooled in squares in front of the projector."""
 
     mixes = True
-
-    def streams(self) -> dict[str, str]:
-        return {"image": "get_image_features", "video": "get_video_features"}
+    videos = True
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         if stream == "image":

@@ -20,9 +20,7 @@ class LlavaOnevision(LlavaNext):
     newline."""
 
     mixes = True
-
-    def streams(self) -> dict[str, str]:
-        return {"image": "get_image_features", "video": "get_video_features"}
+    videos = True
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         self.check()

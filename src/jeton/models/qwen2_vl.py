@@ -72,13 +72,11 @@ def ends_among(kept: Tensor, ends: Tensor) -> Tensor:
 class Qwen2VL(VisionLanguage):
     rotary_rows = 3
     mixes = True
+    videos = True
     tower: type[Encoder] = Qwen2Tower
 
     def vision(self) -> Encoder:
         return self.tower(self.base.visual)
-
-    def streams(self) -> dict[str, str]:
-        return {"image": "get_image_features", "video": "get_video_features"}
 
     def geometry(self, inputs: Inputs, stream: str) -> list[Geometry]:
         """A token is a 2x2 group of consecutive patches."""
