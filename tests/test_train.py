@@ -90,8 +90,12 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, average):
 
     with pytest.raises(KeyboardInterrupt):
         train(cut, Lines(), stops, recipe, out=tmp_path, save_every=10, progress=False)
+    told_so_far = json.loads((tmp_path / "state" / "run.json").read_text())
+    told_so_far["history"]["seconds"] += 1000
+    (tmp_path / "state" / "run.json").write_text(json.dumps(told_so_far))
     fresh = Net()
     history = train(fresh, Lines(), noisy, recipe, out=tmp_path, resume=True, progress=False)
+    assert history.seconds > 1000  # what was spent before counts
     assert torch.equal(weights(fresh), weights(whole)) and not torch.equal(weights(cut), weights(whole))
     assert history.losses == told.losses and history.steps == told.steps
     assert torch.equal(weights(load(Net(), tmp_path)), weights(whole))
@@ -133,6 +137,13 @@ def test_rates_hold_for_the_longest_beginning_and_frozen_parameters_stay():
     kept = model.head.weight.clone()
     train(model, Lines(), squared, RECIPE, progress=False)
     assert torch.equal(model.head.weight, kept) and model.head.bias.item() != before[2]
+
+
+def test_matrices_decay_and_vectors_do_not():
+    model = Net()
+    before = weights(model)
+    train(model, Lines(), lambda m, batch: 0 * m(batch[0]).sum(), Recipe(steps=3, rate=0.1, batch=8, decay=0.5), progress=False)
+    assert (model.head.weight.abs().flatten() < before[:2].abs()).all() and model.head.bias.item() == before[2]
 
 
 def test_the_average_of_the_weights_is_kept():
@@ -208,3 +219,6 @@ def test_a_transformers_model_with_modules_of_its_own_is_read_again(tmp_path):
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
     with pytest.raises(ValueError, match="another model"):
         load(transformers.ViTForImageClassification(config), tmp_path)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "less")
+    with pytest.raises(ValueError, match=r"another model: vit\.more"):
+        load(second, tmp_path / "less")
