@@ -208,6 +208,10 @@ class TestGeneration:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         hidden = model._hide(torch.zeros(500, 12, 2, dtype=torch.long))
         assert hidden.sum(1).min() >= 1 and hidden.sum(1).float().mean().item() == pytest.approx(12 * 2 / math.pi + 0.5, abs=0.4)
+        some = torch.arange(12).expand(2, -1) % 3 == 0
+        model.eval()._hide = lambda ids: some
+        each = model(ids.masked_fill(some[..., None], 8), labels).log_softmax(-1).gather(-1, ids[..., None])[some]
+        assert model.loss(ids, labels).item() == pytest.approx(-each.mean().item(), rel=1e-5)
 
 
 def test_locality_sums_attention_by_distance():

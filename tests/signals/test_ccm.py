@@ -150,6 +150,10 @@ class TestTimesNet:
         assert torch.allclose(block(x), 2 * x, atol=1e-5)
         assert seen == [(2, 3, 4, 6), (2, 3, 6, 4)]  # rows of one period: 24 / 6, then 24 / 4
         assert torch.equal(block._folded(x, 7), x)  # filled up to 28 and cut again
+        other = torch.stack([x[0], 3 * (t * torch.pi / 2).sin()[:, None].expand(-1, 3)])
+        block.periods = 1
+        block(other)
+        assert seen[2:] == [(2, 3, 6, 4)]  # the strongest of the whole batch, not of its first sample
 
     def test_a_forecast_follows_scale_and_place_of_the_past(self):
         torch.manual_seed(0)
