@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused():
 
 # -- on real text, character by character: what a linear probe reads off the encoders that different pre-trainings leave ------
 
-LENGTH, SYMBOLS, STEPS = 24, 80, 3000
+LENGTH, SYMBOLS, STEPS = 24, 80, 2000
 
 
 def text():
@@ -166,27 +166,26 @@ def text():
     return rows[3000:], rows[:3000]
 
 
-def swapped(rows):
-    """The rows, three pairs of neighbours swapped in every second one, and which these are."""
-    rows, draw = rows.clone(), torch.Generator().manual_seed(1)
-    for start in (1, 8, 15):
-        at = start + torch.randint(0, 6, (len(rows[::2]), 1), generator=draw)
-        both = torch.cat([at, at + 1], 1)
-        rows[::2] = rows[::2].scatter(1, both, rows[::2].gather(1, both.flip(1)))
-    return rows, torch.arange(len(rows)) % 2 == 0
+def misprinted(rows):
+    """The rows, 8 % of their characters replaced by others drawn from the text, and which these are."""
+    draw, inner = torch.Generator().manual_seed(1), rows[:, 1:-1]
+    other = inner.flatten()[torch.randint(0, inner.numel(), inner.shape, generator=draw)]
+    printed = torch.where(torch.rand(inner.shape, generator=draw) < 0.08, other, inner)
+    return torch.cat([rows[:, :1], printed, rows[:, -1:]], 1), printed != inner
 
 
 def probe(encoder, rows):
-    """Share of held-out rows of which a linear probe on the frozen states of both layers says rightly whether they are intact."""
+    """Area under the ROC curve of a linear probe on the frozen states of both layers that says which characters are misprints;
+    fitted on one half of the rows, judged on the other."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
 
-    rows, wrong = swapped(rows)
+    rows, wrong = misprinted(rows)
     with torch.no_grad():
         states = torch.cat(encoder.eval()(input_ids=rows, output_hidden_states=True).hidden_states[1:], -1)[:, 1:-1]
-    x = torch.cat([states.mean(1), states.amax(1)], -1)
-    x, half = ((x - x.mean(0)) / x.std(0)).numpy(), len(rows) // 2
-    judge = LogisticRegression(C=0.01, max_iter=300).fit(x[:half], wrong[:half].numpy())
-    return float((judge.predict(x[half:]) == wrong[half:].numpy()).mean())
+    half, x = len(rows) // 2, (states - states.mean((0, 1))) / states.std((0, 1))
+    judge = LogisticRegression(C=0.01, max_iter=300).fit(x[:half].flatten(0, 1).numpy(), wrong[:half].flatten().numpy())
+    return roc_auc_score(wrong[half:].flatten().numpy(), judge.decision_function(x[half:].flatten(0, 1).numpy()))
 
 
 def encoder(kind, width, heads):
@@ -232,9 +231,9 @@ def pretrained(name, rows, seed=0, rate=2e-3):
 
 
 @pytest.mark.slow
-def test_a_discriminator_tells_broken_text_better_than_a_masked_model_and_a_small_generator_teaches_best():
+def test_a_discriminator_finds_misprints_that_a_masked_model_misses_and_a_small_generator_teaches_best():
     pytest.importorskip("accelerate")
     rows, held_out = text()
     found = {name: probe(pretrained(name, rows), held_out) for name in ("quarter", "equal", "masked")}
     print(found)
-    assert found["quarter"] > found["masked"] + 0.03 and found["quarter"] > found["equal"] + 0.03, found
+    assert found["quarter"] > found["masked"] + 0.05 and found["quarter"] > found["equal"] + 0.05, found
