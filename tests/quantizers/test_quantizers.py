@@ -214,6 +214,10 @@ class TestBinary:
         with pytest.raises(ValueError, match="at most 31 bits"):
             LFQ(64, subcodes=1, group=8)
 
+    @pytest.mark.parametrize("quantizer", [LFQ(3, group=3), BSQ(3)])
+    def test_the_sign_of_zero_is_minus(self, quantizer):
+        assert quantizer.encode(torch.tensor([[0.0, 1.0, 0.0]])).tolist() == [0b010]
+
     def test_spherical_probabilities_and_entropies_by_hand(self):
         bsq = BSQ(2, gamma1=0.0, entropy_weight=1.0)
         out = bsq(torch.tensor([[0.8, -0.1]]))

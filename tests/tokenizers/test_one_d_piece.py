@@ -46,6 +46,7 @@ def test_any_prefix_is_a_picture():
     assert out.ids.shape == (3, 8) and out.z_q.shape == (3, 8, 6)
     assert torch.equal(model.decode(out.ids, 8), model.decode(out.ids))
     assert torch.equal(model.decode(out.ids), model.draw(model.predict(out.z_q)))
+    assert not torch.allclose(model.decode(out.ids.flip(1)), model.decode(out.ids), atol=1e-3)  # each code has its own place
     for k in (1, 3, 7):
         assert torch.equal(model.decode(out.ids, k), model.decode(out.ids[:, :k]))
         assert not torch.allclose(model.decode(out.ids, k), model.decode(out.ids), atol=1e-3)
