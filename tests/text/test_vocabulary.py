@@ -40,6 +40,8 @@ def test_wordpiece_marks_what_continues_a_word(parallel):
     assert words.alphabet == "wordpiece" and {words.raw[id] for id in words.special} == {"[UNK]", "[CLS]"}
     ids = words.tokenizer.encode("Enter a valid value").ids
     assert b"".join(words.bytes[id] for id in ids) == b" Enter a valid value"
+    ids = words.tokenizer.encode("Entervalid").ids
+    assert any(words.raw[id].startswith("##") for id in ids) and b"".join(words.bytes[id] for id in ids) == b" Entervalid"
 
 
 def test_byte_fallback_entries_are_bytes():
@@ -50,6 +52,7 @@ def test_byte_fallback_entries_are_bytes():
     assert words.bytes[1] == b" a" and words.bytes[3 + 0xD0] == b"\xd0" and words.text(3 + 0xD0) is None
     assert [words.bytes[id] for id in words.split("aд".encode())] == [b"a", b"\xd0", b"\xb4"]
     assert words.split(b"\xd0") == [3 + 0xD0] and words.special == {0}
+    assert words.by_bytes[b"a"] == 2 and words.bytes[3 + ord("a")] == b"a"  # the first of several
 
 
 def test_every_way_to_name_a_tokenizer(tmp_path):

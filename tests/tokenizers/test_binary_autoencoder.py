@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from jeton.tokenizers._conv import _Attention
 from jeton.tokenizers.binary_autoencoder import BinaryAutoencoder
 
 
@@ -47,6 +48,24 @@ def test_pictures_of_any_size_go_through():
         model.encode(torch.rand(1, 3, 7, 8))
     with pytest.raises(ValueError, match="no grid"):
         model.decode(out.ids)
+
+
+@torch.no_grad()
+def test_tokens_are_the_cells_row_by_row():
+    model = small()
+    grid = torch.randn(1, 4, 2, 3)
+    model.encoder.forward = lambda images: grid
+    ids = model.encode(torch.rand(1, 3, 4, 6)).ids
+    assert torch.equal(ids[0, 4], model.quantizer.ids_of(grid[0, :, 1, 1] > 0))
+    assert torch.equal(ids[0], model.quantizer.ids_of((grid[0].permute(1, 2, 0) > 0).flatten(0, 1)))
+
+
+@torch.no_grad()
+def test_attention_is_added_to_what_is_there():
+    part, x = _Attention(8), torch.randn(2, 8, 3, 3)
+    assert not torch.allclose(part(x), x, atol=1e-3)
+    part.out.weight.zero_(), part.out.bias.zero_()
+    assert torch.equal(part(x), x)
 
 
 def test_it_learns_and_survives_a_folder(tmp_path):
