@@ -153,6 +153,16 @@ def test_any_range_can_be_let_go_of():
         assert torch.allclose(found, model(kept).logits[:, -1], atol=1e-5)
 
 
+def test_beams_carry_their_cache_along():
+    model, ids = llama(1), torch.randint(0, V, (2, 9))
+    with torch.no_grad(), StreamingLLM(start=2, recent=4).on(model) as stream:
+        cache = stream.cache()
+        model(ids, past_key_values=cache)
+        before = [part.clone() for part in (cache.layers[0].keys, cache.layers[0].values)]
+        cache.reorder_cache(torch.tensor([1, 1]))
+    assert all(torch.equal(now, then[[1, 1]]) for now, then in zip((cache.layers[0].keys, cache.layers[0].values), before))
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_goes_on_for_ever(beams):
     model, ids = llama(2), torch.randint(1, V, (2, 6))

@@ -107,6 +107,7 @@ class TestModel:
 
         assert torch.allclose(logit((0, 0), (1, 2)), logit((1, 1), (2, 3)), atol=1e-5)
         assert not torch.allclose(logit((0, 0), (1, 2)), logit((0, 0), (2, 1)), atol=1e-2)
+        assert not torch.allclose(logit((0, 0), (1, 2)), logit((0, 0), (2, 2)), atol=1e-2)
         assert torch.equal(turned(q, 0), q)
         zero = small(class_rotation="zero").body.rotary_emb
         assert zero.cos[0].abs().sum() == 0 and zero.sin[0].abs().sum() == 0  # every logit to the class token is 0

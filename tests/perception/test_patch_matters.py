@@ -342,6 +342,10 @@ def test_a_lone_sentence_of_a_pair_is_scored_on_the_hull_or_on_its_own_quadrant(
         assert sorted(named(told.merged[0].caption)) == ["blue", "red"]
         sizes[where] = [size for size, texts in experts.scored if texts == (block("blue"),)]
     assert sizes == {"hull": [(120, 60)], "own": [(120, 60), (110, 60)]}
+    experts = Scripted({})
+    experts.found = [Detection((10.0, 5.0, 110.0, 35.0), 0.9, "row")]
+    told = experts.system(unique_on="own")(scene({"blue": (112, 5, 8), "red": (30, 5, 60)}))  # the right one alone
+    assert sorted(named(told.merged[0].caption)) == ["blue", "red"]
     with pytest.raises(ValueError, match="unique_on"):
         Scripted({}).system(unique_on="both")
 
