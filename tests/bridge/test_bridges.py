@@ -176,6 +176,8 @@ def test_shortening_a_batch_cuts_placeholders_and_nothing_else():
         [0, 1, 1, 1],
         [1] * 4,
     ]
+    short = shorten({**ragged, "labels": ragged["input_ids"].clone()}, 7, 2, 1)
+    assert short["labels"].tolist() == [[-100, 1, 7, 7], [1, 7, 5, 6]]  # nothing is learned where a row was padded
 
 
 WRONG = {

@@ -193,6 +193,15 @@ def test_positions_of_the_keys_are_their_own_grids_unless_asked():
         torch.testing.assert_close(released.bridge.compressor(x), released.bridge.compressor(shuffled))
 
 
+def test_values_have_no_positions():
+    part = mini().bridge.compressor
+    x, (weight, bias) = torch.randn(2, 64, 32), (part.attention.in_proj_weight, part.attention.in_proj_bias)
+    with torch.no_grad():
+        weight[:32], bias[:32] = 0, 0  # every query is 0: all keys weigh the same
+        mean = part.attention.out_proj(part.norm_features(x).mean(1) @ weight[64:].T + bias[64:])
+        torch.testing.assert_close(part(x)[:, 0], mean)
+
+
 def test_embeddings_alone_are_refused():
     model = mini()
     inputs = tiny.prompts(model)
