@@ -85,7 +85,7 @@ def test_plus_is_standard_where_the_text_is_a_sample_itself():
     assert abs(float(found.mean())) < 0.25 and 0.8 < float(found.std()) < 1.25
     likeliest = one.argmax(-1).expand(4, 60)  # is no sample
     assert float(system.discrepancy(logits[:4], logits[:4], likeliest, mask[:4]).abs().min()) > 2
-    two = torch.stack([one, 6 * torch.randn(60, 30, generator=generator)])  # each is judged by its own alternatives
+    two = torch.stack([one, 60 * torch.randn(60, 30, generator=generator)])  # each is judged by its own alternatives
     drawn = torch.multinomial(two.softmax(-1).flatten(0, 1), 1, generator=generator).view(2, 60)
     assert float(system.discrepancy(two, two, drawn, mask[:2]).abs().max()) < 4
 

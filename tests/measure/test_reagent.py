@@ -108,6 +108,17 @@ def test_a_replica_stops_where_the_rest_is_not_needed():
     assert calls == [2, 16, 16]
 
 
+def test_special_tokens_are_never_drawn():
+    class Records(LooksAt):
+        def forward(self, input_ids, **more):
+            seen.append(input_ids)
+            return super().forward(input_ids, **more)
+
+    seen, ids = [], torch.tensor([[1, 2, 3, 7]])
+    ReAGent(steps=20, replicas=2, special={9}, sampler=replacement.uniform(12)).explain(Records(3), ids)
+    assert torch.cat([part.flatten() for part in seen]).unique().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+
+
 def test_samplers_say_what_may_stand_where():
     ids, mask = tiny.words(7, 0), torch.ones(1, 7, dtype=torch.bool)
     model = llama()
