@@ -14,7 +14,7 @@ torch.manual_seed(0)
 model = OneDPiece(
     8, 2, 16, width=48, depth=2, heads=4, channels=1, levels=[8, 8], target="pixels", init_std=0.07, batch_norm=True
 )  # fmt: skip
-recipe = Recipe(steps=200, rate=2e-3, batch=64)  # `jeton train one-d-piece` trains for longer, on photographs too
+recipe = Recipe(steps=300, rate=3e-3, batch=32)  # `jeton train one-d-piece` trains for longer, on photographs too
 train(model, seen, OneDPiece.first_stage, recipe, progress=False)
 
 with torch.no_grad():

@@ -115,7 +115,7 @@ def test_special_tokens_are_never_drawn():
             return super().forward(input_ids, **more)
 
     seen, ids = [], torch.tensor([[1, 2, 3, 7]])
-    ReAGent(steps=20, replicas=2, special={9}, sampler=replacement.uniform(12)).explain(Records(3), ids)
+    ReAGent(steps=40, replicas=8, keep=1, top=1, special={9}, sampler=replacement.uniform(12)).explain(Records(0), ids)
     assert torch.cat([part.flatten() for part in seen]).unique().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
 
 

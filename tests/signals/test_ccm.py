@@ -153,7 +153,7 @@ class TestTimesNet:
         other = torch.stack([x[0], 3 * (t * torch.pi / 2).sin()[:, None].expand(-1, 3)])
         block.periods = 1
         block(other)
-        assert seen[2:] == [(2, 3, 6, 4)]  # the strongest of the whole batch, not of its first sample
+        assert seen[3:] == [(2, 3, 6, 4)]  # the strongest of the whole batch, not of its first sample
 
     def test_a_forecast_follows_scale_and_place_of_the_past(self):
         torch.manual_seed(0)
