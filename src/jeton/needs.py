@@ -55,7 +55,8 @@ class ClassSimilarity(Need):
 
 @dataclass(frozen=True)
 class ReceivedAttention(Need):
-    """(B, N) attention each token receives, averaged over all queries and heads. Computed in slabs: no N x N map is stored."""
+    """(B, N) attention each token receives, averaged over all queries and heads. Computed in slabs: no N x N map is stored,
+    unless a small one that the block then attends with (`Method.ahead`)."""
 
     layer: int | None = -1
 

@@ -54,6 +54,16 @@ def test_received_attention_is_the_column_mean_whatever_the_slab(slab):
     torch.testing.assert_close(attention.received(q, k, slab=slab), whole(q, k).mean((1, 2)))
 
 
+@pytest.mark.parametrize(("hq", "hk"), [(4, 4), (4, 2)])
+def test_a_map_that_is_there_already_tells_both_what_is_received_and_what_comes_out(hq, hk):
+    q, k = qkv(hq, hk)
+    drawn = attention.rows(q, k)
+    torch.testing.assert_close(attention.received_in(drawn), attention.received(q, k))
+    v = k.flip(2)
+    torch.testing.assert_close(attention.mixed(drawn, v), whole(q, k) @ v.repeat_interleave(hq // hk, 1))
+    assert not torch.allclose(attention.mixed(drawn, v), whole(q, k) @ k.repeat_interleave(hq // hk, 1), atol=1e-2)
+
+
 def test_received_attention_ignores_padding_as_query_and_as_key():
     q, k = qkv()
     mask = torch.ones(2, 10, dtype=torch.bool)

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import jeton
 import tiny
-from jeton.engine.listening import Ahead
+from jeton.engine.fused import MapAhead
 from jeton.method import get
 from jeton.ops import attention
 from jeton.tokens import Tokens
@@ -104,12 +104,15 @@ def test_counts_and_limits():
 # -- one-step-ahead attention ------------------------------------------------------------------------------------------------
 
 
-def ahead(x, step, value, size=None):
+def ahead(x, step, value, size=None, drawn=False):
     """The attention of fused tokens with the map of the others, as the engine computes it."""
-    held = Ahead()
+    held = MapAhead()
     heads = x[:, None].expand(-1, 2, -1, -1)
-    held.query, held.key, held.reduction = heads, heads, step
-    held.mask = None if size is None else attention.bias(size)
+    held.hear(heads, heads, None if size is None else attention.bias(size), x.shape[2] ** -0.5)
+    held.reduction = step
+    if drawn:
+        held.draw()
+        assert held.map is not None
 
     def original(q, k, v, mask):
         return scaled_dot_product_attention(q, k, v, mask).transpose(1, 2), None
@@ -134,7 +137,9 @@ def test_the_fused_map_by_hand():
     group = (step.assign[:, None] == torch.arange(step.k)[:, None]).float()
     expected = step.dense @ whole @ group.mT
     eye = torch.eye(step.k).expand(2, 2, -1, -1)
-    torch.testing.assert_close(ahead(x.features, step, eye, size)[:, :, 0], expected, atol=1e-5, rtol=1e-5)
+    for drawn in (False, True):
+        torch.testing.assert_close(ahead(x.features, step, eye, size, drawn)[:, :, 0], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ahead(x.features, step, eye)[:, :, 0], expected, atol=1e-2)
 
 
 def test_where_groups_are_equal_it_is_attention_with_sizes():
@@ -244,6 +249,22 @@ def test_projections_nobody_reads_do_not_run():
             del getattr(model.layers[2].attention, name).forward
     assert seen == {"q_proj": [42, 42, 34], "v_proj": [34, 34], "o_proj": [34, 34]}
     assert report.flops < again.flops < report.flops_full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "read"), [(5, 0), (7, 4)])
+def test_a_map_that_is_looked_at_is_not_computed_again(side, read, monkeypatch):
+    """Maps of up to four times a head's width are drawn once, for what they tell and for attention; larger ones read in slabs."""
+    model = tiny.tiny_vit(image_size=side * tiny.PATCH)
+    assert model.config.hidden_size // model.config.num_attention_heads == 8
+    slabs, own = [], attention.received
+    monkeypatch.setattr(attention, "received", lambda *given, **more: slabs.append(1) or own(*given, **more))
+    pixels = torch.randn(1, 3, *2 * [side * tiny.PATCH], generator=torch.Generator().manual_seed(0))
+    expected = published(model, pixels, 2, True)
+    with jeton.apply(model, "mctf", r=2):
+        got = model(pixel_values=pixels).last_hidden_state[:, 0]
+    assert len(slabs) == read
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()

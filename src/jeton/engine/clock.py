@@ -30,6 +30,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self.marks: dict[str, list[list[tuple[Mark, Mark]]]] = defaultdict(list)
+        self.running: set[str] = set()
 
     def now(self) -> Mark:
         if not self.cuda:
@@ -49,8 +50,16 @@ class Clock:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
+        """Time a part of a stage; a part inside another part of the same stage is in that one's time already."""
+        if stage in self.running:
+            yield
+            return
         start = self.now()
-        yield
+        self.running.add(stage)
+        try:
+            yield
+        finally:
+            self.running.discard(stage)
         self.add(stage, start)
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -301,7 +302,8 @@ class EncoderSite(Standing):
         """What a step in front of a block asks of its attention: queries and keys of the tokens as they are."""
         asked = {need for need in step.needs().values() if need.layer is None and isinstance(need, IN_ENCODER)}
         if asked or step.ahead:
-            self.listeners[number].look(asked, step.ahead, self.encoder.attention(self.encoder.blocks[number]), look, x)
+            with nullcontext() if step.ahead else self.run.clock.measure("selection"):  # else the block attends with what is seen
+                self.listeners[number].look(asked, step.ahead, self.encoder.attention(self.encoder.blocks[number]), look, x)
             self.looked[number] = (x.shape[1], step.ahead)
 
     # -- fewer tokens for a while --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ of sizes, masks and policies."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..learned import Learned
-from ..needs import Need
+from ..needs import Need, ReceivedAttention
 from ..ops import attention
 from ..ops.policy import policy_softmax
-from ..tokens import Reduction, Tokens
+from ..tokens import Reduction
+from .fused import MapAhead
 from .readings import measure
 from .tap import Attention, Listener, add_bias
 
@@ -34,7 +36,7 @@ class BlockListener(Listener):
         self.here: set[Need] = set()
         self.now: dict[Need, Tensor] = {}
         self.looking = False
-        self.kept: Ahead | None = None
+        self.kept: MapAhead | None = None
         self.masks: list[tuple[Learned, dict[str, Any]]] = []
 
     def bias(self, query: Tensor, key: Tensor) -> Tensor | None:
@@ -59,7 +61,9 @@ class BlockListener(Listener):
     def record(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, extra: dict[str, Any]) -> None:
         site = self.site
         if self.looking and self.kept is not None:
-            self.kept.query, self.kept.key, self.kept.mask = query, key, mask
+            self.kept.hear(query, key, mask, scale)
+            if ReceivedAttention(layer=None) in self.here and site.mask is None and site.policy is None:
+                self.kept.draw()
         if site.run.train and not self.looking:
             for step, signals in self.masks:
                 part = step.imitated(query, key, scale, site.tokens(query.transpose(1, 2).flatten(2)), signals)
@@ -69,7 +73,7 @@ class BlockListener(Listener):
         if site.policy is not None:  # in training signals are read as if masked tokens had left
             mask = add_bias(mask, site.policy.detach().log()[:, None, None].to(query.dtype))
         with site.run.clock.measure("selection"):
-            self.now = {need: measure(need, query, key, value, mask, site.mask, scale) for need in self.here}
+            self.now = {need: self._now(need, query, key, value, mask, scale) for need in self.here}
             late = set() if self.looking else self.late
             calls = self._calls(query, key, value, mask, extra) if late else []
             for need in late:
@@ -77,6 +81,11 @@ class BlockListener(Listener):
                 site.records_at[need] = site.reduction
                 if site.lent:
                     site.undone.add(need)
+
+    def _now(self, need: Need, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        if self.looking and self.kept is not None and self.kept.map is not None and isinstance(need, ReceivedAttention):
+            return attention.received_in(self.kept.map)
+        return measure(need, query, key, value, mask, self.site.mask, scale)
 
     def _calls(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: dict[str, Any]
@@ -100,7 +109,8 @@ class BlockListener(Listener):
         if self.looking:
             return query.new_zeros(()).expand(query.transpose(1, 2).shape), None
         if self.kept is not None:
-            return self.kept.attend(original, value), None
+            timed = functools.partial(self.site.run.clock.measure, "selection")
+            return self.kept.attend(original, value, extra.get("dropout", 0.0), timed), None
         policy = self.site.policy
         if policy is None:
             return None
@@ -112,7 +122,7 @@ class BlockListener(Listener):
 
     def look(self, asked: set[Need], ahead: bool, module: nn.Module, call: Callable[[Tensor], None], x: Tensor) -> None:
         """Run the block's attention on x as far as queries and keys, and measure what is asked."""
-        here, kept = self.here, Ahead() if ahead else self.kept
+        here, kept = self.here, MapAhead() if ahead else self.kept
         self.here, self.looking, self.kept = asked, True, kept if ahead else None
         try:
             with idle(module, *VALUES, *OUTPUTS):
@@ -135,26 +145,6 @@ class BlockListener(Listener):
                 yield
         finally:
             self.kept = None
-
-
-class Ahead:
-    """Queries and keys of the tokens in front of a block, and the reduction that came between them and its attention."""
-
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
-    reduction: Reduction | None = None
-
-    def attend(self, original: Attention, value: Tensor) -> Tensor:
-        """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
-
-        Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so A need not
-        be stored: fast attention runs on the N tokens, and rows of what it gives are mixed.
-        """
-        assert self.reduction is not None
-        each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
-        each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
-        return self.reduction.mix(original(self.query, self.key, each, self.mask)[0])
 
 
 @contextmanager

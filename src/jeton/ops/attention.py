@@ -32,8 +32,19 @@ def rows(
     scores = (grouped @ k.float().mT).reshape(b, hq, r, k.shape[2])
     scores = scores if softcap is None else (scores / softcap).tanh() * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask.float())
     return scores if logits else scores.softmax(-1)
+
+
+def mixed(weights: Tensor, v: Tensor) -> Tensor:
+    """(B, Hq, R, d) values v (B, Hk, N, d) mixed by weights (B, Hq, R, N); values shared by several heads are not copied."""
+    grouped = weights.reshape(v.shape[0], v.shape[1], -1, v.shape[2])
+    return (grouped @ v).reshape(*weights.shape[:3], v.shape[3])
+
+
+def received_in(weights: Tensor) -> Tensor:
+    """(B, N) the attention each token receives in a map (B, H, N, N), averaged over queries and heads."""
+    return weights.mean((1, 2))
 
 
 def received(

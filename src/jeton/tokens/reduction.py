@@ -190,7 +190,7 @@ class Reduction:
         gone = self.assign < 0
         x = tokens.features
         out = gather(x, self.assign.clamp(min=0)) if self.back is None else (self.back @ x.float()).to(x.dtype)
-        return Tokens(out.masked_fill(gone[..., None], 0), mask=~gone, prefix=tokens.prefix)
+        return Tokens(out.masked_fill_(gone[..., None], 0), mask=~gone, prefix=tokens.prefix)
 
     def behind(self, prefix: int) -> Reduction:
         """The same of tokens with `prefix` special ones more in front, which stay as they are."""
@@ -280,7 +280,7 @@ class Reduction:
         share = entries.gather(1, rest).masked_fill(gone, 0)
         rows = gather(x, torch.where(gone, self.index[:, :1], rest)).float() * share[..., None]
         slots = into.clamp(min=0) + k * torch.arange(b, device=into.device)[:, None]
-        return out.flatten(0, 1).index_add(0, slots.flatten(), rows.flatten(0, 1)).unflatten(0, (b, k))
+        return out.flatten(0, 1).index_add_(0, slots.flatten(), rows.flatten(0, 1)).unflatten(0, (b, k))
 
     def _scatter(self, x: Tensor) -> Tensor:
         """Sum x (B, N, C) into its new tokens, giving (B, K, C)."""
