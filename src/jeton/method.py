@@ -97,6 +97,7 @@ class Method:
     place of dropping patches. `of_all` says that its counts go by the tokens images had at first, before other parts of the same
     method took some (site layer). Where `average`, `keep` is what the language model's layers see on average and less is left at
     the end; elsewhere `keep` is what is left. One that `finishes` hands on tokens of its own behind the last block (site block).
+    `maps`: what it leaves of a map of tokens is a map, as `Reduction.lattice` says, so that it can act where blocks take maps.
 
     A method with something to calibrate says how in `calibrated`, with which `objective` (see `tune`) and in how many `calls`, of
     which `warmup` at random; `presets` are published results, by name. `calibration` says how a method that was fitted was found.
@@ -123,6 +124,7 @@ class Method:
     warmup: ClassVar[int | None] = None
     of_all: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
+    maps: ClassVar[bool] = False
 
     def needs(self) -> dict[str, Need]:
         """The signals `reduce` reads, by the name under which it finds them."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Lattice(NamedTuple):
+    """Tokens that form a map of height x width, row by row, and the side of the windows in which an encoder looks at it (those at
+    its right and lower borders may be smaller); 0 where it has none."""
+
+    height: int
+    width: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,8 @@ class Place:
 
     Videos say when: `time` is the number of the token's frame within its video, 0 in every picture that does not move; None where
     nobody knows, and then no unit follows another. `sides` are rows and columns of the largest grid of any unit; `shape` is the
-    height and width that all units of all rows have, where it is known without looking at the device.
+    height and width that all units of all rows have, where it is known without looking at the device. `window` is the side of the
+    windows in which an encoder looks at them, 0 where it looks at all of a picture.
     """
 
     unit: Tensor
@@ -39,6 +50,7 @@ class Place:
     time: Tensor | None = None
     sides: tuple[int, int] | None = None
     shape: tuple[int, int] | None = None
+    window: int = 0
 
     @classmethod
     def grid(cls, batch: int, height: int, width: int, device: torch.device | str | None = None) -> Place:

@@ -79,6 +79,9 @@ def _check_site(run: Run, method: Method, view: VisionLanguage | None) -> None:
     encoder, together = run.encoder, "packs all pictures into one sequence"
     if view is None and encoder.packed:
         _refuse(run, method, together, "the whole vision-language model")
+    if encoder.maps and not method.maps:
+        lacks = "runs its blocks on maps of patches, some of them in windows, so patches cannot leave one by one"
+        _refuse(run, method, lacks, "elvit, which leaves a smaller map and gives the whole one back")
     if method.resizes and not encoder.resizable:
         _refuse(run, method, *encoder.fixed)
     if method.site == "attention" and encoder.packed:

@@ -147,7 +147,7 @@ class EncoderSite(Standing):
         self.patches = self.mask.shape[1] - self.encoder.prefix if self.mask is not None else max(album.counts)
         self.pictures = inputs["pixel_values"].shape[0]
         self.counts = list(album.counts)
-        self.bare_place = _widened(album.place, 0, self.patches - max(album.counts))
+        self.bare_place = _widened(replace(album.place, window=self.encoder.window), 0, self.patches - max(album.counts))
         self.place = behind(self.bare_place, self.encoder.prefix)
         for method in self.pixels:
             inputs = self._shrink_picture(method, inputs, len(album))
@@ -229,12 +229,13 @@ class EncoderSite(Standing):
 
         @stand_in
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            hidden_states = hidden_states.flatten(1, 2) if self.encoder.maps else hidden_states
             self._prepare(number, hidden_states)
 
             @stand_in
             def attend(y: Tensor, call: Callable[..., Any] = parts.attention) -> Tensor:
                 given, handed = self._handed(block, args, kwargs)
-                mixed = call(y, *given, **handed)
+                mixed = self.encoder.attend(block, call, y, self.lattice, given, handed)
                 return mixed[0] if isinstance(mixed, tuple) else mixed
 
             def look(x: Tensor) -> None:
@@ -249,7 +250,8 @@ class EncoderSite(Standing):
             x = parts.add(x, parts.drop2(parts.scale2(self._half("mlp", around, parts.norm2(x), parts.mlp, listener))))
             self.lengths.append((self.seen_by["attention"], self.seen_by["mlp"]))
             x = self._step(number, "after", x)
-            return self._conclude(x) if number == self.depth - 1 else x
+            x = self._conclude(x) if number == self.depth - 1 else x
+            return x.unflatten(1, self.lattice[:2]) if self.lattice is not None else x
 
         return forward
 

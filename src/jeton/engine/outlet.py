@@ -36,7 +36,7 @@ class Outlet:
     @aside
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Reduce `last_hidden_state`; special tokens stay in front unless a method has decided on them itself."""
-        hidden = features_of(output)
+        hidden = self.run.encoder.listed(features_of(output))
         run, site, prefix = self.run, self.run.site, self.run.encoder.prefix
         index = None if site.reduction is None else site.reduction.index
         place = site.place if index is None or site.place is None else site.place.gather(index)

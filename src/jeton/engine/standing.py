@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..method import Method
 from ..models import Encoder
-from ..place import Place
+from ..place import Lattice, Place
 from ..tokens import Reduction, Tokens, gather
 
 
@@ -53,6 +53,13 @@ class Standing:
         """The tokens that left the last block, with these features."""
         index = None if self.reduction is None else self.reduction.index
         return Tokens(features, self.mask, index, self.size, self.encoder.prefix)
+
+    @property
+    def lattice(self) -> Lattice | None:
+        """The map that the tokens form, where blocks take maps."""
+        if not self.encoder.maps or self.place is None or self.place.shape is None:
+            return None
+        return Lattice(*self.place.shape, self.encoder.window) if self.reduction is None else self.reduction.lattice
 
     def _advance(self, step: Reduction, number: int) -> None:
         self.history.append((number, step))

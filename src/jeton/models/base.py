@@ -18,6 +18,7 @@ from ..layout import Album, Geometry
 from ..learned import Shape
 from ..method import Unsupported
 from ..ops.pixels import cut, grey
+from ..place import Lattice
 
 Inputs = Mapping[str, Any]
 
@@ -78,8 +79,9 @@ class Encoder(View):
     groups. resizable: it takes pictures of other sizes as pixels; fixed: what to say where it does not, why and what would work.
     pooling: the head that is handed a token mask as its second argument, where there is one. pools_special: the head's mean over
     tokens has special tokens in it. functional: its attention calls torch's `scaled_dot_product_attention` itself and nothing of
-    transformers' registry. argument: what `entrance` calls the pixels. gated_mlp: whether MLPs are. pixel_mean, pixel_std: how
-    the family's processor normalises pixels unless told otherwise. example, home: see `View`.
+    transformers' registry. maps: its blocks take and give maps (B, H, W, D), not lists of tokens; window: the side of the windows
+    in which some of them attend. argument: what `entrance` calls the pixels. gated_mlp: whether MLPs are. pixel_mean, pixel_std:
+    how the family's processor normalises pixels unless told otherwise. example, home: see `View`.
     """
 
     prefix: int = 0
@@ -93,6 +95,8 @@ class Encoder(View):
     pooling: nn.Module | None = None
     pools_special: bool = False
     functional: bool = False
+    maps: bool = False
+    window: int = 0
     argument: str = "pixel_values"
     gated_mlp: bool = False
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -130,6 +134,17 @@ class Encoder(View):
         """What a block hands to its attention beside the tokens, given what it is handed itself: masks (B or 1, H or 1, N or 1,
         N) and pairs of rotary tables (P, d), all for the full sequence. They are cut to the tokens that are left."""
         return kwargs
+
+    def attend(
+        self, block: nn.Module, call: Callable[..., Any], x: Tensor, lattice: Lattice | None, given: tuple, handed: dict[str, Any]
+    ) -> Any:
+        """A block's attention `call` on tokens x (B, N, D), which form a `lattice` where blocks take maps, and what else the
+        block hands on."""
+        return call(x, *given, **handed)
+
+    def listed(self, output: Tensor) -> Tensor:
+        """(B, N, D) the tokens in what the encoder gives."""
+        return output
 
     def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs with which the tokens stand as `geometry` says; raises where they cannot."""

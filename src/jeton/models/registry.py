@@ -76,6 +76,7 @@ def _inside(model: nn.Module) -> Iterator[nn.Module]:
     base = getattr(model, "base_model", None)
     if isinstance(base, nn.Module) and base is not model:
         yield base
-    vision = getattr(model, "vision_model", None)
-    if isinstance(vision, nn.Module):
-        yield vision
+    for name in ("vision_model", "vision_encoder"):
+        vision = getattr(model, name, None)
+        if isinstance(vision, nn.Module):
+            yield vision

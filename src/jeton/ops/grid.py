@@ -83,6 +83,15 @@ def central(label: Tensor, off: Tensor, k: int) -> Tensor:
     return (best % n).gather(1, group).masked_fill(label < 0, -1)
 
 
+def tiles(height: int, width: int, side: int, device: torch.device | str | None = None) -> Tensor:
+    """(U, side²) the cells of a height x width grid, numbered row by row, in squares of side x side, as these lie row by row; -1
+    where a square at the right or lower border reaches over it."""
+    rows, cols = -(-height // side), -(-width // side)
+    cell = torch.arange(height * width, device=device).view(height, width)
+    whole = torch.nn.functional.pad(cell, (0, cols * side - width, 0, rows * side - height), value=-1)
+    return whole.view(rows, side, cols, side).transpose(1, 2).reshape(rows * cols, side * side)
+
+
 def fit(k: Tensor, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the smaller grid in place of height x width with at most k cells.
 

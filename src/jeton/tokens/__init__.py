@@ -6,8 +6,8 @@ clustering dense rows. Everything else (features, sizes, positions, masks, un-me
 Letters: B rows (one row is one image, or one picture inside an encoder), N tokens before, K tokens after, D width.
 """
 
-from .entries import Entries, gather
+from .entries import Entries, Tiles, gather
 from .reduction import Reduction
 from .tokens import Tokens
 
-__all__ = ["Entries", "Reduction", "Tokens", "gather"]
+__all__ = ["Entries", "Reduction", "Tiles", "Tokens", "gather"]

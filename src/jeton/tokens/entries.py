@@ -1,4 +1,4 @@
-"""Sparse matrices of a batch, as lists of their entries."""
+"""Sparse matrices of a batch, as lists of their entries or as blocks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,39 @@ class Entries:
     def dense(self, k: int, n: int) -> Tensor:
         flat = self.value.new_zeros(self.value.shape[0], k * n)
         return flat.scatter_add(1, self.row * n + self.column, self.value).unflatten(1, (k, n))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix as blocks, of which no two share a row or a column: ``A[row[u, i], column[u, j]] = value[b, u, i, j]``, with row
+    (U, k), column (U, n) and value (B, U, k, n). -1 is no row and no column: blocks may be smaller than the largest."""
+
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Tiles:
+        """The blocks of some matrices of the batch."""
+        return Tiles(self.row, self.column, self.value[rows])
+
+    def mix(self, x: Tensor, k: int) -> Tensor:
+        """``A @ x`` in float32 for x (B, N, C), giving (B, k, C)."""
+        parts = self.value @ pad(x.float(), (0, 0, 0, 1))[:, self.column]  # -1 reads the row of zeros behind the last
+        out = parts.new_zeros(x.shape[0], k + 1, x.shape[2])
+        return out.index_copy(1, self.row.flatten() % (k + 1), parts.flatten(1, 2))[:, :k]
+
+    def sizes(self, old: Tensor, k: int) -> Tensor:
+        """(B, k) sizes after, where each old token of size old (B, N) is shared by the new ones in proportion to its entries."""
+        share = self.value / self.value.sum(2, keepdim=True).clamp(min=1e-12)
+        return Tiles(self.row, self.column, share).mix(old[..., None], k)[..., 0]
+
+    def dense(self, k: int, n: int) -> Tensor:
+        out = self.value.new_zeros(self.value.shape[0], k + 1, n + 1)
+        out[:, self.row[:, :, None], self.column[:, None]] = self.value
+        return out[:, :k, :n]
+
+    def numel(self) -> int:
+        return self.value.numel()
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .entries import Entries, gather
+from ..place import Lattice
+from .entries import Entries, Tiles, gather
 from .tokens import Tokens
 
 
@@ -17,18 +18,20 @@ class Reduction:
     """N tokens become K: the matrix ``A`` in compact form.
 
     index: (B, K) for each new token the old token that represents it (gives it position and place), ascending; the
-    representative is itself one of the tokens that went there, except under a dense `matrix` or a list of `entries`.
+    representative is itself one of the tokens that went there, except under a dense `matrix`, `entries` or `tiles`.
     assign: (B, N) for each old token the new token it went to, -1 if dropped.
     weight: (B, N) float32, the entry ``A[assign[n], n]``; None means 1 for the representative and nothing else: a pure drop.
     matrix: (B, K, N) float32 for dense soft assignments; then `weight` is unused.
     entries: the matrix as a list, for sparse ones in which a token takes part in several new ones; then `weight` is unused.
-    back: (B, N, K) float32, the matrix that restores the old tokens; None where each takes what its new token has.
+    tiles: the matrix as blocks, where tokens mix within parts of a picture; then `weight` is unused.
+    back: (B, N, K) float32, or tiles, the matrix that restores the old tokens; None where each takes what its new token has.
     mask: (B, K) true where the new token is real; None when all are.
     order: (B, K) rank of each new token in the published method's listing; None when ascending.
     prefix: how many of the new tokens, in front, are the encoder's special tokens.
     score: (B, K) the score a method hands to its next step or part; None passes on the score that tokens carry already.
     memory: (B, ...) what else it hands on; None passes on what tokens carry already.
     sizes: (B, K) float32 sizes of the new tokens where a method has a rule of its own; None for the sums of the old ones'.
+    lattice: the map that the new tokens form, where they form one.
     """
 
     index: Tensor
@@ -42,7 +45,9 @@ class Reduction:
     entries: Entries | None = None
     memory: Tensor | None = None
     sizes: Tensor | None = None
-    back: Tensor | None = None
+    back: Tensor | Tiles | None = None
+    tiles: Tiles | None = None
+    lattice: Lattice | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim() != 2 or self.assign.dim() != 2 or self.index.shape[0] != self.assign.shape[0]:
@@ -110,7 +115,7 @@ class Reduction:
     @property
     def is_soft(self) -> bool:
         """True if an old token may take part in several new ones."""
-        return self.matrix is not None or self.entries is not None
+        return self.matrix is not None or self.entries is not None or self.tiles is not None
 
     @property
     def is_identity(self) -> bool:
@@ -136,8 +141,8 @@ class Reduction:
         """(B, K, N) float32: the matrix written out. For looking and testing; nothing on a hot path needs it."""
         if self.matrix is not None:
             return self.matrix
-        if self.entries is not None:
-            return self.entries.dense(self.k, self.n)
+        if (parts := self._sparse) is not None:
+            return parts.dense(self.k, self.n)
         row = torch.arange(self.k, device=self.index.device)[None, :, None]
         return (self.assign[:, None, :] == row).float() * self._entries[:, None, :]
 
@@ -150,8 +155,8 @@ class Reduction:
         flat = x.reshape(x.shape[0], x.shape[1], -1)
         if self.matrix is not None:
             out = self.matrix.to(flat.device) @ flat.float()
-        elif self.entries is not None:
-            out = self.entries.mix(flat, self.k)
+        elif (parts := self._sparse) is not None:
+            out = parts.mix(flat, self.k)
         elif self.mask is None:
             out = self._gather_and_add(flat)
         else:
@@ -187,9 +192,11 @@ class Reduction:
         them; dropped ones are zero and masked."""
         if len(tokens) != self.k:
             raise ValueError(f"restore expects the {self.k} tokens this reduction made, got {len(tokens)}.")
-        gone = self.assign < 0
-        x = tokens.features
-        out = gather(x, self.assign.clamp(min=0)) if self.back is None else (self.back @ x.float()).to(x.dtype)
+        gone, x = self.assign < 0, tokens.features
+        if self.back is None:
+            out = gather(x, self.assign.clamp(min=0))
+        else:
+            out = (self.back.mix(x, self.n) if isinstance(self.back, Tiles) else self.back @ x.float()).to(x.dtype)
         return Tokens(out.masked_fill_(gone[..., None], 0), mask=~gone, prefix=tokens.prefix)
 
     def behind(self, prefix: int) -> Reduction:
@@ -206,14 +213,14 @@ class Reduction:
             torch.cat([front, self.index + prefix], 1),
             torch.cat([front, torch.where(self.assign < 0, -1, self.assign + prefix)], 1),
             weight=None if self.weight is None else pad(self.weight, (prefix, 0), value=1.0),
-            matrix=None if self.matrix is None else _bordered(self.matrix, prefix),
+            matrix=_bordered(self.dense, prefix) if self.matrix is not None or self.tiles is not None else None,
             mask=None if self.mask is None else pad(self.mask, (prefix, 0), value=True),
             order=None if self.order is None else torch.cat([front, self.order + prefix], 1),
             prefix=self.prefix + prefix,
             score=None if self.score is None else pad(self.score, (prefix, 0)),
             entries=entries,
             memory=self.memory,
-            back=None if self.back is None else _bordered(self.back, prefix),
+            back=None if self.back is None else _bordered(self._back, prefix),
         )
 
     def then(self, after: Reduction) -> Reduction:
@@ -241,6 +248,7 @@ class Reduction:
                 order=after.order,
                 prefix=after.prefix,
                 back=back,
+                lattice=after.lattice,
             )
         weight = None
         if not (self.is_drop and after.is_drop):
@@ -248,6 +256,10 @@ class Reduction:
         return Reduction(index, self._through(after), weight, mask=mask, order=after.order, prefix=after.prefix, back=back)
 
     # -- private -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _sparse(self) -> Entries | Tiles | None:
+        return self.entries if self.entries is not None else self.tiles
 
     @property
     def _entries(self) -> Tensor:
@@ -262,7 +274,7 @@ class Reduction:
     def _back(self) -> Tensor:
         """(B, N, K) the matrix that restores, written out."""
         if self.back is not None:
-            return self.back
+            return self.back.dense(self.n, self.k) if isinstance(self.back, Tiles) else self.back
         return (self.assign[..., None] == torch.arange(self.k, device=self.assign.device)).float()
 
     def _through(self, after: Reduction) -> Tensor:
@@ -295,8 +307,8 @@ class Reduction:
         if self.matrix is not None:
             share = self.matrix / self.matrix.sum(1, keepdim=True).clamp(min=1e-12)
             return (share @ old[..., None])[..., 0]
-        if self.entries is not None:
-            return self.entries.sizes(old, self.k)
+        if (parts := self._sparse) is not None:
+            return parts.sizes(old, self.k)
         return self._scatter(old[..., None])[..., 0]
 
     def _grown(self, tokens: Tokens) -> Tensor | None:
