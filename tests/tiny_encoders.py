@@ -1,4 +1,4 @@
-"""Tiny encoders: DINOv3, ViT-MAE, BEiT, I-JEPA, VideoMAE and timm's VisionTransformer, and inputs for them."""
+"""Tiny encoders: DINOv3, ViT-MAE, BEiT, I-JEPA, VideoMAE, SAM and timm's VisionTransformer, and inputs for them."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def tiny_timm(cls: str = "VisionTransformer", **more: Any) -> nn.Module:
     return tiny.ready(vision_transformer.VisionTransformer(**{**sizes, **own, **more}))
 
 
+def tiny_sam(side: int = tiny.SIDE, window: int = 3, **more: Any) -> nn.Module:
+    """Windows of 3 x 3 patches, smaller at two borders, around one block that sees all of them."""
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+    sizes = tiny.vision(image_size=side * tiny.PATCH, mlp_dim=48, output_channels=16, window_size=window)
+    del sizes["intermediate_size"]
+    config = transformers.SamVisionConfig(**sizes, global_attn_indexes=[2], use_rel_pos=True, **more)
+    return tiny.ready(SamVisionEncoder(config))
+
+
 def videos(net: nn.Module, batch: int, generator: torch.Generator) -> tiny.Inputs:
     return {"pixel_values": torch.randn(batch, 2 * STEPS, 3, 4 * tiny.PATCH, 4 * tiny.PATCH, generator=generator)}
 
@@ -79,6 +89,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "BeitModel": tiny_beit,
     "IJepaModel": tiny_ijepa,
     "VideoMAEModel": tiny_videomae,
+    "SamVisionEncoder": tiny_sam,
 }
 if with_timm.has_timm():
     BUILDERS["VisionTransformer"] = tiny_timm

@@ -181,7 +181,7 @@ def claimed(case: Case) -> bool:
     language = isinstance(seen, VisionLanguage)
     encoder = seen.encoder if isinstance(seen, VisionLanguage) else seen
     needs = method.needs().values()
-    if encoder.packed and not language:
+    if (encoder.packed and not language) or (encoder.maps and not method.maps):
         return False
     parts = method.parts()
     leaves = any(part.site == "block" or (part.site == "pixels" and (part.resizes or not encoder.groups)) for part in parts)

@@ -14,19 +14,17 @@ from .base import Encoder, Parts
 from .registry import Registry, adapter
 
 
-@adapter("SamVisionModel", "SamVisionEncoder", "SamModel")
+@adapter("SamVisionEncoder")
 class SamVision(Encoder):
     """Windows are laid over whatever map there is, with the side its lattice says; the model's own attention stretches its tables
     of relative positions to it. What windows lack at the borders is zeros to attention, and dropped behind it."""
 
+    home = "transformers.models.sam.modeling_sam"
     maps = True
     resizable = False
     fixed = ("takes pictures of one size", "elvit, which makes the map inside smaller")
     pixel_mean = tuple(IMAGENET_DEFAULT_MEAN)
     pixel_std = tuple(IMAGENET_DEFAULT_STD)
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(getattr(model, "vision_encoder", model))
 
     @property
     def window(self) -> int:  # type: ignore[override]
@@ -66,7 +64,7 @@ Registry.refused |= dict.fromkeys(
         *("SwinModel", "SwinBackbone", "SwinForImageClassification", "Swinv2Model", "Swinv2ForImageClassification"),
         *("HieraModel", "HieraForImageClassification", "Sam2Model", "Sam2VisionModel", "Sam2HieraDetModel"),
     ),
-    "halves its map from stage to stage and attends in windows that must be full, so tokens cannot leave inside it. Fewer tokens in "
-    "a Swin are learned: jeton.backbones.stvit.STSwin is one with semantic tokens. Use a model whose blocks see all patches "
+    "halves its map from stage to stage and attends in windows that must be full, so tokens cannot leave inside it. Fewer tokens "
+    "in a Swin are learned: jeton.backbones.stvit.STSwin is one with semantic tokens. Use a model whose blocks see all patches "
     "(ViT, DINOv2, CLIP, SigLIP), or SAM's first encoder with elvit.",
 )

@@ -174,7 +174,7 @@ class ELViT(Method):
 
 
 def _spread(value: Tensor, of: Tensor, at: Tensor, batch: int, length: int) -> Tensor:
-    """(B, length) numbers value (B · U, j) within windows as what they stand for in `of` (U, i), laid out where `at` (U, j) says."""
+    """(B, length) numbers value (B · U, j) within windows as what they mean in `of` (U, i), laid out where `at` (U, j) says."""
     windows = value.unflatten(0, (batch, -1))
     found = of.expand(batch, -1, -1).gather(2, windows).flatten(1)
     return found.new_zeros(batch, length + 1).index_copy(1, at.flatten() % (length + 1), found)[:, :length]
