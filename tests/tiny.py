@@ -360,8 +360,9 @@ def real(net: nn.Module, inputs: Inputs) -> Tensor:
 
 @torch.no_grad()
 def run(net: nn.Module, inputs: Inputs, **more: Any) -> Tensor:
-    """The output that matters: logits, or the last hidden state."""
-    return result(net(**inputs, **more))
+    """The output that matters: logits, or the last hidden state, a map (B, D, h, w) row by row."""
+    found = result(net(**inputs, **more))
+    return found.flatten(2).mT if found.dim() == 4 else found
 
 
 def result(output: Any) -> Tensor:

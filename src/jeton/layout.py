@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -340,7 +341,7 @@ def _rows(slots: Sequence[Tensor], device: torch.device | str) -> Rows:
 
 def _places(geometry: Sequence[Geometry], width: int, device: torch.device | str) -> Place:
     names = ("unit", "row", "col", "height", "width", "crop_row", "crop_col", "crop_rows", "crop_cols", "time")
-    fields = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
+    fields: dict[str, Any] = {name: _stack([getattr(item, name) for item in geometry], width, -1).to(device) for name in names}
     sides = (max(int(item.height.max()) for item in geometry), max(int(item.width.max()) for item in geometry))
     shapes = {shape for item in geometry for shape in zip(item.height.tolist(), item.width.tolist(), strict=True)}
     shape = shapes.pop() if len(shapes) == 1 else None

@@ -214,6 +214,7 @@ ALL = [Case(method, fields, model) for method, fields in variants() for model in
 REFUSED = [case for case in ALL if not claimed(case)]
 EVERY = [case for case in ALL if claimed(case) and needed(case)]
 REDUCIBLE = [model for model in tiny.BUILDERS if any(case.model == model for case in EVERY)]
+MAPS = [model for model in REDUCIBLE if getattr(view(model), "maps", False)]  # where only a method that leaves maps can act
 CASES = [case for case in EVERY if case.model not in INNER]
 LANGUAGE_CASES = [case for case in CASES if case.model in LANGUAGE]
 ENCODER_CASES = [case for case in CASES if isinstance(view(case.model), Encoder)]

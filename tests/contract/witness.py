@@ -66,7 +66,8 @@ def watching(net: nn.Module) -> Iterator[Seen]:
     view = adapt(net)
     encoder = view.encoder if isinstance(view, VisionLanguage) else view
 
-    attentions = [encoder.attention(part) for part in encoder.blocks]
+    # where blocks cut maps into windows, their attention does not see how many patches there are
+    attentions = [encoder.parts(part).mlp if encoder.maps else encoder.attention(part) for part in encoder.blocks]
 
     def block(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.blocks.append((args[0] if args else kwargs["hidden_states"]).shape[-2])
@@ -146,6 +147,7 @@ class Stand(Method):
             "restores",
             "undoes",
             "ahead",
+            "maps",
         )
         for name in copied:
             if hasattr(inner, name):

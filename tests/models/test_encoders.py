@@ -26,7 +26,11 @@ from tiny_aimv2 import tiny_aimv2
 from tiny_vit_msn import tiny_vit_msn
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
-    **{name: make for name, make in tiny_encoders.BUILDERS.items() if name != "VisionTransformerDistilled"},
+    **{
+        name: make
+        for name, make in tiny_encoders.BUILDERS.items()
+        if name not in ("VisionTransformerDistilled", "SamVisionEncoder")
+    },
     "Aimv2VisionModel": tiny_aimv2,
     "ViTMSNModel": tiny_vit_msn,
     "BeitModel-shared": lambda: tiny_encoders.tiny_beit(

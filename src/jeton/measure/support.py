@@ -214,6 +214,7 @@ def _what(name: str) -> str:
     words = [f"{encoder.prefix} special token{'' if encoder.prefix == 1 else 's'}"]
     words += ["with a class token"] if encoder.has_class else ["no class token"]
     words += ["all pictures in one sequence"] if encoder.packed else []
+    words += ["blocks on maps, in windows"] if encoder.maps else []
     if isinstance(view, VisionLanguage):
         words += ["patches mixed into tokens"] if view.mixes else ["a token for each patch"]
         words += [" and ".join(view.streams())]

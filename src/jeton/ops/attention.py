@@ -32,7 +32,7 @@ def rows(
     scores = (grouped @ k.float().mT).reshape(b, hq, r, k.shape[2])
     scores = scores if softcap is None else (scores / softcap).tanh() * softcap
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask.float())
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return scores if logits else scores.softmax(-1)
 
 
