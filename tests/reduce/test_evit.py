@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
+import jeton
+from jeton.demo.digits import accuracy
 from jeton.method import get
+from jeton.reduce.evit import EViT
 from jeton.tokens import Tokens
 
 
@@ -109,3 +114,21 @@ def test_the_signal_is_that_of_its_own_block():
     assert get("evit").needs()["attention"].layer is None
     with pytest.raises(ValueError, match="evit reads attention"):
         get("evit").reduce(Tokens(torch.randn(1, 9, 2), prefix=1))
+
+
+@dataclass(frozen=True)
+class Least(EViT):
+    """The same with the patches that are attended to least."""
+
+    def reduce(self, tokens, signals=None):
+        return super().reduce(tokens, {**(signals or {}), "attention": 1 - signals["attention"]})
+
+
+@torch.no_grad()
+def test_on_digits_what_is_attended_to_matters():
+    digits = pytest.importorskip("jeton.demo.digits").load_digits()
+    right = {}
+    for method in (EViT(keep=16, fuse=False), Least(keep=16, fuse=False)):
+        with jeton.apply(digits.model, method):
+            right[type(method)] = accuracy(digits.model, digits.test)
+    assert right[EViT] > right[Least] + 0.1, right

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..ops.patchify import resize_positions
+from ._sizes import of_size
 
 SIZES = {"tiny": (256, 12), "small": (512, 12), "base": (768, 12), "large": (1024, 24)}  # width, depth
 
@@ -45,9 +46,7 @@ class AdventurerConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, size: str, **more: Any) -> AdventurerConfig:
         """Adventurer "tiny", "small", "base" or "large"."""
-        if size not in SIZES:
-            raise ValueError(f"there is no Adventurer {size!r}; there are {', '.join(SIZES)}.")
-        width, depth = SIZES[size]
+        width, depth = of_size("Adventurer", SIZES, size)
         return cls(hidden_size=width, num_hidden_layers=depth, **more)
 
     def __post_init__(self, **more: Any) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from ..ops.scan import selective_scan
 from ..tokens import Reduction, gather
+from ._sizes import of_size
 
 SIZES = {"tiny": (192, 24), "small": (384, 24), "base": (768, 24)}  # width, depth
 DIRECTIONS = ("forward", "backward", "down", "up")
@@ -51,9 +52,7 @@ class VimConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, size: str, **more: Any) -> VimConfig:
         """Vim "tiny", "small" or "base"."""
-        if size not in SIZES:
-            raise ValueError(f"there is no Vim {size!r}; there are {', '.join(SIZES)}.")
-        width, depth = SIZES[size]
+        width, depth = of_size("Vim", SIZES, size)
         return cls(hidden_size=width, num_hidden_layers=depth, **more)
 
     def __post_init__(self, **more: Any) -> None:

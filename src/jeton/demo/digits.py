@@ -69,14 +69,19 @@ def splits() -> tuple[Split, Split]:
 
 def untrained(seed: int = 0) -> PreTrainedModel:
     """The same model with fresh weights."""
+    return small(seed)
+
+
+def small(seed: int, side: int = 8, patch: int = 1, width: int = 48, depth: int = 6, heads: int = 3) -> ViTForImageClassification:
+    """A ViT with fresh weights for digits in pictures of side x side pixels; `untrained` as it stands."""
     config = ViTConfig(
-        image_size=8,
-        patch_size=1,
+        image_size=side,
+        patch_size=patch,
         num_channels=1,
-        hidden_size=48,
-        intermediate_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=3,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
         num_labels=10,
     )
     with torch.random.fork_rng():

@@ -61,13 +61,24 @@ def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def fit(model: nn.Module, out: Path, recipe: Recipe, loss: Loss = entropy, *, resume: bool, progress: bool, name: str) -> float:
-    """Train on the digits into a folder of its own, so that a recipe may train several models; one that was finished before is
-    read instead where the recipe is resumed. Returns the seconds it took."""
+def fit(
+    model: nn.Module,
+    out: Path,
+    recipe: Recipe,
+    loss: Loss = entropy,
+    data: Any = None,
+    *,
+    resume: bool,
+    progress: bool,
+    name: str,
+) -> float:
+    """Train on the digits, or other `data`, into a folder of its own, so that a recipe may train several models; one that was
+    finished before is read instead where the recipe is resumed. Returns the seconds it took."""
     if resume and (out / WEIGHTS).exists() and not (out / "state").exists():
         load(model, out).eval()
         return float(json.loads((out / "history.json").read_text())["seconds"])
-    return train(model, splits()[0], loss, recipe, out=out, resume=resume, progress=progress, name=name).seconds
+    data = splits()[0] if data is None else data
+    return train(model, data, loss, recipe, out=out, resume=resume, progress=progress, name=name).seconds
 
 
 def over_seeds(seeds: Sequence[int], rows: Sequence[Mapping[str, float]]) -> dict[str, dict]:

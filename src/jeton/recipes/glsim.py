@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
 
 from ..demo import digits
 from ..heads import GLSimClassifier
-from ..train import Recipe, train
-from ._digits import write
+from ..train import Recipe
+from ._digits import fit, write
 
 FIRST = Recipe(steps=500, rate=1e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.99))
 RECIPE = Recipe(steps=250, rate=1e-3, batch=64, warmup=0.2, decay=0.05, betas=(0.9, 0.99))
@@ -52,19 +51,7 @@ def draw(seed: int, batch: int) -> Any:
 
 
 def fresh(seed: int) -> nn.Module:
-    config = ViTConfig(
-        image_size=SIDE,
-        patch_size=PATCH,
-        num_channels=1,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_labels=10,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(config)
+    model = digits.small(seed, SIDE, PATCH, width=64, depth=4, heads=4)
     for name, value in model.named_parameters():  # the usual 0.02 is for far wider models
         if value.dim() > 1 and "embed" not in name:
             value.data.mul_(3)
@@ -86,16 +73,8 @@ def run(
 
     def taught(model: nn.Module, name: str, seed: int, how: Recipe, data: int) -> nn.Module:
         folder = out / f"{name.replace(' ', '-')}-{seed}"
-        train(
-            model,
-            draw(data, how.batch),
-            digits.entropy,
-            how,
-            out=folder,
-            resume=resume,
-            progress=progress,
-            name=f"{name}, seed {seed}",
-        )
+        title, given = f"{name}, seed {seed}", draw(data, how.batch)
+        fit(model, folder, how, data=given, resume=resume, progress=progress, name=title)
         told[name].append(round(digits.accuracy(model, unseen), 4))
         return model
 

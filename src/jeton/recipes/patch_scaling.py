@@ -12,33 +12,28 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 from ..demo import digits
 from ..measure.patch_scaling import study
-from ..train import Recipe, train
-from ._digits import write
+from ..train import Recipe
+from ._digits import fit, write
 
 RECIPE = Recipe(steps=200, rate=2e-3, batch=64, warmup=0.3, decay=0.05, betas=(0.9, 0.999))
 PATCHES = (4, 2, 1)
 
 
 def make(patch: int, seed: int) -> nn.Module:
-    config = ViTConfig(**{**digits.untrained().config.to_dict(), "patch_size": patch, "num_hidden_layers": 4})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ViTForImageClassification(config)
+    return digits.small(seed, patch=patch, depth=4)
 
 
 def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, seeds: int = 3) -> dict[str, Any]:
-    learned, unseen = digits.splits()
+    unseen = digits.splits()[1]
 
     def taught(model: nn.Module, patch: int, seed: int) -> None:
         folder, own = out / f"patch-{patch}-{seed}", dataclasses.replace(recipe, seed=seed)
         name = f"patch {patch}, seed {seed}"
-        train(model, learned, digits.entropy, own, out=folder, resume=resume, progress=progress, name=name)
+        fit(model, folder, own, resume=resume, progress=progress, name=name)
 
     found = study(make, taught, lambda model: digits.accuracy(model, unseen), PATCHES, 8, range(seeds))
     return write(out, {"steps": recipe.steps, "held out": len(unseen), **found.to_dict(), "verdict": str(found).splitlines()[-1]})

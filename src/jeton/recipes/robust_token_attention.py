@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..demo import digits
 from ..objectives.robust_token_attention import RobustTokenAttention, attach
-from ..train import Recipe, load, train
-from ._digits import write
+from ..train import Recipe
+from ._digits import fit, write
 
 RECIPE = Recipe(steps=400, rate=2e-3, batch=64, warmup=0.3, decay=0.05, betas=(0.9, 0.999))
 NOISE = 0.2  # share of pixels set to black or white
@@ -43,17 +43,14 @@ def plain(model: Any, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def run(out: Path, resume: bool = False, progress: bool = True, recipe: Recipe = RECIPE, seeds: int = 3) -> dict[str, Any]:
-    learned, unseen = digits.splits()
+    unseen = digits.splits()[1]
     spoilt = noisy(unseen, NOISE)
     found: dict[str, Any] = {"steps": recipe.steps}
     for name, loss in (("plain", plain), ("tap and adl", RobustTokenAttention())):
         told = []
         for seed in range(seeds):
             model, folder = make(seed, name != "plain"), out / f"{name.replace(' ', '-')}-{seed}"
-            if resume and (folder / "model.safetensors").exists():
-                load(model, folder).eval()
-            else:
-                train(model, learned, loss, recipe, out=folder, resume=resume, progress=progress, name=f"{name}, seed {seed}")
+            fit(model, folder, recipe, loss, resume=resume, progress=progress, name=f"{name}, seed {seed}")
             told.append({"clean": digits.accuracy(model, unseen), "noise": digits.accuracy(model, spoilt)})
         found[name] = told
     return write(out, found)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ def check_locations(locations: Sequence[int]) -> tuple[int, ...]:
     if not found or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in found):
         raise ValueError(f"locations must be block numbers from 0, such as (3, 6, 9), got {locations!r}.")
     return found
+
+
+def check_at_blocks(method: Any) -> None:
+    """The fields of a method that keeps a share of the patches at each of some encoder blocks: `ratio`, `keep`, `locations`."""
+    check_ratio(method.ratio)
+    if method.keep is not None:
+        check_keep(method.keep)
+    if method.locations is not None:
+        object.__setattr__(method, "locations", check_locations(method.locations))
 
 
 def blocks_of(who: str, locations: Sequence[int] | None, depth: int) -> list[int]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..learned import Learned, Shape
-from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, register
 from ..needs import Need, Trained
 from ..ops.budget import geometrically
 from ..ops.policy import gumbel_choice
 from ..ops.ranking import rank
 from ..ops.selection import pack, top_k
 from ..tokens import Reduction, Tokens
-from ._common import blocks_of, check_locations, check_ratio, quota, read
+from ._common import blocks_of, check_at_blocks, quota, read
 
 
 @register(
@@ -58,11 +58,7 @@ class DynamicViT(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio(self.ratio)
-        if self.keep is not None:
-            check_keep(self.keep)
-        if self.locations is not None:
-            object.__setattr__(self, "locations", check_locations(self.locations))
+        check_at_blocks(self)
 
     def needs(self) -> dict[str, Need]:
         return {"learned": Trained()}

@@ -9,13 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, register
 from ..needs import Need
 from ..ops.budget import geometrically
 from ..ops.merging import merge
 from ..ops.ranking import rank
 from ..tokens import Reduction, Tokens
-from ._common import attention, blocks_of, check_locations, check_ratio, check_score, quota, score_of
+from ._common import attention, blocks_of, check_at_blocks, check_score, quota, score_of
 
 Size = TypeVar("Size", int, Tensor)
 
@@ -50,12 +50,8 @@ class EViT(Method):
     score: str = "class"
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
-        if self.keep is not None:
-            check_keep(self.keep)
+        check_at_blocks(self)
         check_score(self.score)
-        if self.locations is not None:
-            object.__setattr__(self, "locations", check_locations(self.locations))
 
     def needs(self) -> dict[str, Need]:
         return {"attention": attention(self.score, layer=None)}

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..learned import Learned, Shape
-from ..method import Budget, Method, Promise, Signals, check_keep, register
+from ..method import Budget, Method, Promise, Signals, register
 from ..needs import Need, Trained
 from ..ops.budget import geometrically
 from ..ops.distillation import token_mse
 from ..tokens import Reduction, Tokens
-from ._common import check_locations, check_ratio, quota, read
+from ._common import check_at_blocks, quota, read
 
 
 @register(
@@ -67,11 +67,7 @@ class SiT(Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ratio(self.ratio)
-        if self.keep is not None:
-            check_keep(self.keep)
-        if self.locations is not None:
-            object.__setattr__(self, "locations", check_locations(self.locations))
+        check_at_blocks(self)
 
     def needs(self) -> dict[str, Need]:
         return {"learned": Trained()}
