@@ -9,7 +9,7 @@ import torch
 
 from jeton.ops.merging import merge
 from jeton.place import Place
-from jeton.tokens import Entries, Reduction, Tokens, gather
+from jeton.tokens import Entries, Reduction, Tiles, Tokens, gather
 
 B, N, D = 3, 12, 5
 
@@ -222,3 +222,45 @@ def test_a_list_of_entries_chains_and_picks_rows():
     both = Reduction(made.index.expand(2, -1), made.assign.expand(2, -1), entries=entries)
     y = torch.randn(2, 4, 3)
     torch.testing.assert_close(both.mix(y), made.dense.expand(2, -1, -1) @ y)
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------------------
+
+
+def tiled() -> Reduction:
+    """Tokens 0, 1 and 3 make a and c, token 2 makes b, which is the second tile and a smaller one."""
+    row, column = torch.tensor([[0, 2], [1, -1]]), torch.tensor([[0, 1, 3], [2, -1, -1]])
+    value = torch.zeros(1, 2, 2, 3)
+    value[0, 0] = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]])
+    value[0, 1, 0, 0] = 1.0
+    value[0, 1, 1, 1] = 9.0  # what is no row and no column is never read
+    back = value.mT.clone()
+    back[0, 0] = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    assign = torch.tensor([[0, 0, 1, 2]])
+    return Reduction(torch.tensor([[0, 2, 3]]), assign, tiles=Tiles(row, column, value), back=Tiles(column, row, back))
+
+
+def test_tiles_say_the_same_as_their_dense_matrix():
+    made = tiled()
+    assert made.dense.tolist() == [[[0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0.25, 0, 0.75]]] and not made.is_drop
+    x, old = torch.randn(1, 4, 3), torch.tensor([[1.0, 3.0, 2.0, 5.0]])
+    way_back = torch.tensor([[[1.0, 0, 0], [0.5, 0, 0.5], [0, 1, 0], [0, 0, 1]]])
+    dense = Reduction(made.index, made.assign, matrix=made.dense, back=way_back)
+    one, two = (each.apply(Tokens(x, size=old)) for each in (made, dense))
+    torch.testing.assert_close(one.features, made.dense @ x)
+    torch.testing.assert_close(one.size, two.size)
+    assert one.size.sum() == 11 and made.mix(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(made.restore(one).features, way_back @ one.features)
+    for each in (made, dense):
+        behind = each.behind(2)
+        after = behind.apply(Tokens(torch.cat([torch.ones(1, 2, 3), x], 1), prefix=2))
+        torch.testing.assert_close(after.features[:, 2:], one.features)
+        torch.testing.assert_close(behind.restore(after).features[:, 2:], way_back @ one.features)
+
+
+def test_tiles_chain_and_pick_rows():
+    made, x = tiled(), torch.randn(1, 4, 3)
+    half = Reduction.soft(torch.tensor([[[0.5, 0.5, 0.0]]]))
+    torch.testing.assert_close(made.then(half).mix(x), half.mix(made.mix(x)))
+    again = made.tiles[torch.tensor([0, 0])]
+    torch.testing.assert_close(again.mix(x.expand(2, -1, -1), 3), made.mix(x).expand(2, -1, -1))

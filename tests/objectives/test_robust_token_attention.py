@@ -90,6 +90,7 @@ def test_the_loss_needs_maps_and_reaches_every_new_weight():
     assert all(value.grad is not None for name, value in model.named_parameters() if ".pooling." in name)
 
 
-def test_packed_towers_are_refused():
+@pytest.mark.parametrize("name", ["Qwen2_5_VisionTransformerPretrainedModel", "SamVisionEncoder"])
+def test_towers_without_lists_of_tokens_are_refused(name):
     with pytest.raises(jeton.Unsupported, match="grid of patches"):
-        attach(tiny.BUILDERS["Qwen2_5_VisionTransformerPretrainedModel"]())
+        attach(tiny.BUILDERS[name]())

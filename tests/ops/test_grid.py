@@ -21,6 +21,13 @@ def test_every_count_gives_that_many_rectangles_that_cover_the_grid(h, w):
                 assert len(rows) == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
 
 
+def test_squares_that_reach_over_the_border():
+    found = grid.tiles(3, 5, 2)
+    assert found.tolist() == [
+        [0, 1, 5, 6], [2, 3, 7, 8], [4, -1, 9, -1], [10, 11, -1, -1], [12, 13, -1, -1], [14, -1, -1, -1],
+    ]  # fmt: skip
+
+
 def test_cells_hand_case():
     label, off = grid.cells(Place.grid(1, 4, 4), torch.tensor([[5]]))
     # two rows of cells (sqrt 5 rounds to 2), two cells above, three below (columns 2, 1, 1)

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import jeton
 import tiny
+from jeton.engine.clock import Clock
 from jeton.engine.fused import MapAhead
 from jeton.method import get
 from jeton.ops import attention
@@ -278,3 +279,20 @@ def test_what_later_methods_hear_does_not_depend_on_where_attention_came_from():
             heard += [run.site.flat(need) for need in run.site.records]
         assert out.shape[1] == 10 and out.isfinite().all()
     assert torch.equal(*heard) and len(heard[0].unique()) > 9
+
+
+@torch.no_grad()
+def test_what_looking_costs_beyond_the_blocks_own_attention_is_selection():
+    """Queries and keys of a look ahead are the block's own where it attends with them, and extra where it does not."""
+    clock, inside = Clock(torch.device("cpu")), []
+    with clock.measure("selection"), clock.measure("selection"):
+        pass
+    assert len(clock.marks["selection"]) == len(clock.marks["selection"][0]) == 1  # what is within a part is not counted twice
+    model = tiny.model("ViTModel")
+    part = model.layers[2].attention.q_proj
+    for ahead in (True, False):
+        with jeton.apply(model, "mctf", r=8, ahead=ahead) as run:
+            part.forward = lambda x, own=part.forward, run=run: inside.append("selection" in run.clock.running) or own(x)
+            model(**tiny.inputs_for(model))
+            del part.forward
+    assert inside == [False, True, False]

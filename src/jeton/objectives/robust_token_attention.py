@@ -66,10 +66,10 @@ def attach(
     model: nn.Module, branches: int = 4, blocks: Sequence[int] | None = None, grid: tuple[int, int] | None = None
 ) -> nn.Module:
     """Put token-aware pooling in front of the attention of an encoder's blocks (all, or those numbered), in place; returns the
-    model. `grid` (rows, columns of patches) where pictures are not square. Raises `Unsupported` where tokens have no batch
-    axis."""
+    model. `grid` (rows, columns of patches) where pictures are not square. Raises `Unsupported` where blocks take no lists of
+    tokens with a batch axis."""
     view = adapt(model)
-    if not isinstance(view, Encoder) or view.packed:
+    if not isinstance(view, Encoder) or view.packed or view.maps:
         raise Unsupported(f"token-aware pooling needs an encoder with a grid of patches, which {type(model).__name__} is not.")
     for number in range(len(view.blocks)) if blocks is None else blocks:
         block = view.blocks[number]
