@@ -66,7 +66,11 @@ def test_the_class_token_sees_everything_and_the_mean_reaches_the_first():
     x = torch.randn(1, 1 + 16, 32, requires_grad=True)
     model.layers[0](x)[0, 0].sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all(), "the first token hears of the others by the mean alone"
-    assert model(torch.randn(2, 3, 8, 8)).logits.shape == (2, 5)
+    made, pixels = [], torch.randn(2, 3, 8, 8)
+    handle = model.layers[-1].register_forward_hook(lambda module, args, output: made.append(output))
+    logits = model(pixels).logits
+    handle.remove()
+    assert torch.equal(logits, model.head(model.norm_f(made[0][:, -1]))) and logits.shape == (2, 5)
     assert model(torch.randn(2, 3, 12, 8)).logits.shape == (2, 5), "positions of other grids are interpolated"
 
 

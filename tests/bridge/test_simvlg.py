@@ -145,6 +145,22 @@ def test_with_a_share_of_zero_a_video_is_the_mean_of_its_frames():
 
 
 @torch.no_grad()
+def test_frames_see_each_other_at_the_same_place_by_hand():
+    """Products of 32 queries and keys in each of 8 heads are scaled by the root of all 256."""
+    part = video(3, 0.5).bridge.temporal[0]
+    x = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(1))
+    expected = torch.empty_like(x)
+    for picture in range(6):
+        mates = x[picture // 3 * 3 : picture // 3 * 3 + 3]
+        for place in range(5):
+            for head in range(8):
+                wide, own = slice(32 * head, 32 * head + 32), slice(4 * head, 4 * head + 4)
+                q, k = part.query(x[picture, place])[wide], part.key(mates[:, place])[:, wide]
+                expected[picture, place, own] = 0.5 * (k @ q / 16).softmax(0) @ mates[:, place, own]
+    torch.testing.assert_close(part(x, 3), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_equal_frames_are_their_own_mean():
     """T(x) = x where all frames are equal: one block then makes (1 + a) x + mlp(norm((1 + a) x)) of its attention's residual."""
     model = video(3, 0.5)

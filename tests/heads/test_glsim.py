@@ -72,6 +72,10 @@ def test_both_views_pass_the_same_encoder(name):
     assert pixels.grad.abs().sum() > 0 and model.head.weight.grad.abs().sum() > 0
     alone = torch.cat([model(each[None]).logits for each in pixels.detach()])
     torch.testing.assert_close(out.logits, alone, atol=1e-4, rtol=1e-4)
+    tokens = model.tokens(pixels)
+    prefix = tokens.shape[1] - 49
+    best = torch.nn.functional.cosine_similarity(tokens[:, :1], tokens[:, prefix:], dim=-1).topk(4).indices
+    assert torch.equal(model.boxes(pixels), boxes.around_patches(best, 7, 4, (28, 28)))
     first, second = (model.tokens(view)[:, 0] for view in (pixels, boxes.cut(pixels, model.boxes(pixels))))
     again = model.head(model.aggregator(torch.stack([first, second], 1))[:, 0])
     torch.testing.assert_close(out.logits, again)

@@ -111,6 +111,20 @@ def test_masking_in_training_equals_removing(merging: bool):
         assert (hard - soft[1]).abs().max() > 1e-3 * hard.abs().max()
 
 
+def test_what_pruning_masks_still_tells_pruning_how_it_would_be_with_more():
+    """Merging follows, and has no say about patches that are gone: it must not keep their gradient from the rate of pruning."""
+    method, shape = get("diffrate", granularity=1), replace(SHAPE, depth=2, width=4, patches=8)
+    rates = method.build(shape)
+    with torch.no_grad():
+        rates.prune[1, 2], rates.merge[1, 4] = 9.0, 9.0  # 6 and then 4 of 8 stay
+    tokens = Tokens(torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0)), prefix=1)
+    attention = torch.linspace(1, 0, 9).expand(1, 1, 9)
+    after = method.lessons(8, 2)[1].soften(tokens, {"attention": attention, "learned": rates})
+    assert after.policy.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0, 0]]
+    after.policy[0, 7:].sum().backward()
+    assert rates.prune.grad[1].abs().sum() > 0 and (rates.merge.grad is None or (rates.merge.grad == 0).all())
+
+
 def test_only_rates_learn_and_are_replayed_as_lists(tmp_path):
     net = tiny.tiny_vit().requires_grad_(False)
     inputs = tiny.inputs_for(net)

@@ -30,6 +30,8 @@ def test_one_patch_of_every_cell_receives():
         rows, cols = step.index // 8, step.index % 8
         assert (rows[0] // 2 * 4 + cols[0] // 2).sort().values.tolist() == list(range(12))
         assert torch.equal(step.index[0], step.index[1])  # one draw for the whole batch
+        within = (rows[0] % 2 * 2 + cols[0] % 2)[(rows[0] // 2 * 4 + cols[0] // 2).argsort()].view(3, 4)
+        assert (within != within[:, :1]).any() and (within != within[:1]).any()  # and one of its own for every cell
     top_left = get("tomesd", keep=1, random=False).reduce(grid(6, 8)).index[0]
     assert (top_left // 8 % 2 == 0).all() and (top_left % 8 % 2 == 0).all()
 
@@ -42,8 +44,10 @@ def test_a_seed_gives_the_same_draw_and_another_seed_another():
 
 
 def test_borders_that_fill_no_cell_send():
-    step = get("tomesd", keep=1).reduce(grid(5, 7))
-    assert step.k == 2 * 3 and (step.index // 7 < 4).all() and (step.index % 7 < 6).all()
+    for seed in range(6):
+        step = get("tomesd", keep=1, seed=seed).reduce(grid(5, 7))
+        assert step.k == 2 * 3 and (step.index // 7 < 4).all() and (step.index % 7 < 6).all()
+        assert torch.equal(step.assign[0].unique(), torch.arange(6))  # all go to one of these
 
 
 def test_the_budget_is_half_and_never_below_the_receivers():
