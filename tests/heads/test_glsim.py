@@ -73,6 +73,9 @@ def test_both_views_pass_the_same_encoder(name):
     alone = torch.cat([model(each[None]).logits for each in pixels.detach()])
     torch.testing.assert_close(out.logits, alone, atol=1e-4, rtol=1e-4)
     tokens = model.tokens(pixels)
+    if name == "CLIPVisionModel":  # which norms the class token alone
+        inner = getattr(model.encoder, "vision_model", model.encoder)
+        assert torch.equal(tokens, inner.post_layernorm(model.encoder(pixel_values=pixels)[0]))
     prefix = tokens.shape[1] - 49
     best = torch.nn.functional.cosine_similarity(tokens[:, :1], tokens[:, prefix:], dim=-1).topk(4).indices
     assert torch.equal(model.boxes(pixels), boxes.around_patches(best, 7, 4, (28, 28)))

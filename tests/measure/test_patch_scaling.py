@@ -52,8 +52,8 @@ def test_every_seed_is_trained_and_measured_once():
     calls = []
     found = study(
         lambda patch, seed: digits.untrained(seed),
-        lambda model, patch, seed: calls.append(("train", patch, seed)),
-        lambda model: float(len(calls)),
+        lambda model, patch, seed: calls.append(("train", patch, seed)) or setattr(model, "taught", True),
+        lambda model: float(len(calls)) if model.taught else 0.0,
         (2, 1),
         8,
         seeds=(3, 5),

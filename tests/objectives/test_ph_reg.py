@@ -94,6 +94,10 @@ def test_the_student_is_the_teacher_with_registers(name):
         torch.testing.assert_close(student(teacher, 0)(pixels)[0], teacher(pixels)[0], atol=1e-5, rtol=1e-4)
         made = student(teacher, 5)
         assert made(pixels)[0].shape[1] == 1 + 5 + 49 and adapt(made).prefix == 6
+        again, drawn = (torch.Generator().manual_seed(3) for _ in range(2))
+        registers = dict(student(teacher, 5, again).named_parameters())
+        found = next(value for name, value in registers.items() if "register_tokens" in name)
+        torch.testing.assert_close(found, torch.randn(1, 5, 32, generator=drawn) / 32**0.5)
     with jeton.apply(made, "tome", keep=10) as run, torch.no_grad():
         assert made(pixels)[0].shape[1] == 6 + 10
         assert run.tokens.prefix == 6

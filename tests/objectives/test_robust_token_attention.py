@@ -62,6 +62,9 @@ def test_worked_diversity():
     half = 0.5 * torch.eye(n) + 0.5 * one
     assert diversity([torch.stack([one, torch.eye(n)])[None]]).item() == pytest.approx(0.7437, abs=1e-4)  # heads are averaged
     assert diversity([rows(half.tolist())]).item() == pytest.approx(0.7437, abs=1e-4)
+    above = torch.zeros(n, n)  # what gets less than 2 / N = 0.25 of a row does not count, here 0.2 of half of the rows each
+    above[:, 0], above[:4, 1], above[4:, 2] = 0.8, 0.2, 0.2
+    assert diversity([rows(above.tolist())]).item() == pytest.approx(1.0)
     assert diversity([rows(half.tolist()), rows(torch.eye(n).tolist())]).item() == pytest.approx(0.7437 / 2, abs=1e-4)
 
 
