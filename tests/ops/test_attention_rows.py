@@ -57,7 +57,10 @@ def test_received_attention_is_the_column_mean_whatever_the_slab(slab):
 @pytest.mark.parametrize(("hq", "hk"), [(4, 4), (4, 2)])
 def test_a_map_that_is_there_already_tells_both_what_is_received_and_what_comes_out(hq, hk):
     q, k = qkv(hq, hk)
-    drawn = attention.rows(q, k)
+    drawn = attention.drawn(q, k)
+    torch.testing.assert_close(drawn, whole(q, k))
+    torch.testing.assert_close(attention.drawn(q.requires_grad_(), k), drawn)
+    q = q.detach()
     torch.testing.assert_close(attention.received_in(drawn), attention.received(q, k))
     v = k.flip(2)
     torch.testing.assert_close(attention.mixed(drawn, v), whole(q, k) @ v.repeat_interleave(hq // hk, 1))

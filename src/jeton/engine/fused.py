@@ -33,7 +33,7 @@ class MapAhead:
         """Compute the map now, in float32, for a signal that needs all of it: the block's attention then takes it from here. Only
         where it is no larger than what an MLP of four times the width holds, N <= 4 d; else the signal is read in slabs."""
         if self.query.shape[2] <= 4 * self.query.shape[3]:
-            self.map = attention.rows(self.query, self.key, self.scale, self.mask)
+            self.map = attention.drawn(self.query, self.key, self.scale, self.mask)
 
     def attend(self, original: Attention, value: Tensor, drop: float = 0.0, timed: Timed = nullcontext) -> Tensor:
         """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.

@@ -32,8 +32,23 @@ def rows(
     scores = (grouped @ k.float().mT).reshape(b, hq, r, k.shape[2])
     scores = scores if softcap is None else (scores / softcap).tanh() * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        here = torch.broadcast_shapes(mask.shape, scores.shape) == scores.shape  # else it has more heads
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill_(~mask, -torch.inf) if here else scores.masked_fill(~mask, -torch.inf)
+        else:
+            scores = scores.add_(mask.float()) if here else scores + mask.float()
     return scores if logits else scores.softmax(-1)
+
+
+def drawn(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """The whole map, as `rows` gives it; where nothing is to be differentiated it is never in memory twice."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return rows(q, k, scale, mask)
+    whole = rows(q, k, scale, mask, logits=True)
+    heads = whole.flatten(0, 1)
+    for part in heads.split(-(-len(heads) // 8)):
+        part.copy_(part.softmax(-1))
+    return whole
 
 
 def mixed(weights: Tensor, v: Tensor) -> Tensor:
