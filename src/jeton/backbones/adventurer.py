@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ..ops.patchify import resize_positions
-from ._sizes import of_size
+from ._common import of_size
 
 SIZES = {"tiny": (256, 12), "small": (512, 12), "base": (768, 12), "large": (1024, 24)}  # width, depth
 

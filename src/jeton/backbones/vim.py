@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from ..ops.scan import selective_scan
 from ..tokens import Reduction, gather
-from ._sizes import of_size
+from ._common import of_size
 
 SIZES = {"tiny": (192, 24), "small": (384, 24), "base": (768, 24)}  # width, depth
 DIRECTIONS = ("forward", "backward", "down", "up")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import Album, Layout, Rows
 from ..needs import Need
-from ..tokens import Entries, Reduction
+from ..tokens import Entries, Reduction, Tiles
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Step:
 
     def pick(self, images: Tensor) -> Step:
         parts: dict[str, Any] = {
-            name: value[images] for name, value in vars(self.reduction).items() if isinstance(value, Tensor | Entries)
+            name: value[images] for name, value in vars(self.reduction).items() if isinstance(value, Tensor | Entries | Tiles)
         }
         return Step(self.before.pick(images), replace(self.reduction, **parts), self.prefix, self.after.pick(images))
 
