@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,7 +14,7 @@ from jeton.engine.clock import Clock
 from jeton.engine.fused import MapAhead
 from jeton.method import get
 from jeton.ops import attention
-from jeton.tokens import Tokens
+from jeton.tokens import Reduction, Tokens
 
 
 def tokens(n=24, prefix=1, seed=0, size=None):
@@ -141,6 +143,19 @@ def test_the_fused_map_by_hand():
     for drawn in (False, True):
         torch.testing.assert_close(ahead(x.features, step, eye, size, drawn)[:, :, 0], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(ahead(x.features, step, eye)[:, :, 0], expected, atol=1e-2)
+
+
+def test_a_drawn_map_is_gone_before_rows_are_mixed(monkeypatch):
+    """It is the largest thing there is in the block."""
+    x, held, alive = tokens(), MapAhead(), []
+    heads = x.features[:, None].expand(-1, 2, -1, -1)
+    held.hear(heads, heads, None, 8**-0.5)
+    held.draw()
+    held.reduction, map = get("mctf", r=9, least=1).reduce(x, received()), weakref.ref(held.map)
+    own = Reduction.mix
+    monkeypatch.setattr(Reduction, "mix", lambda step, y: alive.append(map() is not None) or own(step, y))
+    held.attend(None, torch.randn(2, 2, held.reduction.k, 8))
+    assert alive == [False] and not hasattr(held, "query")
 
 
 def test_where_groups_are_equal_it_is_attention_with_sizes():

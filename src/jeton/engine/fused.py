@@ -34,6 +34,7 @@ class MapAhead:
         where it is no larger than what an MLP of four times the width holds, N <= 4 d; else the signal is read in slabs."""
         if self.query.shape[2] <= 4 * self.query.shape[3]:
             self.map = attention.drawn(self.query, self.key, self.scale, self.mask)
+            del self.query, self.key
 
     def attend(self, original: Attention, value: Tensor, drop: float = 0.0, timed: Timed = nullcontext) -> Tensor:
         """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
@@ -46,10 +47,14 @@ class MapAhead:
         with timed():
             each = self.reduction.restore(Tokens(value.transpose(1, 2).flatten(2))).features
             each = each.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
-        if self.map is None:
-            mixed = original(self.query, self.key, each, self.mask)[0]
-        else:
-            drawn, self.map = self.map.to(each.dtype), None
-            mixed = attention.mixed(dropout(drawn, drop), each).transpose(1, 2)
+        mixed = self._through(original, each, drop)
+        del each
         with timed():
             return self.reduction.mix(mixed)
+
+    def _through(self, original: Attention, each: Tensor, drop: float) -> Tensor:
+        """(B, N, H, d) A times values of its own tokens; a drawn map is let go of."""
+        if self.map is None:
+            return original(self.query, self.key, each, self.mask)[0]
+        drawn, self.map = self.map.to(each.dtype), None
+        return attention.mixed(dropout(drawn, drop), each).transpose(1, 2)
