@@ -18,6 +18,7 @@ from jeton.engine.readings import features_of
 from jeton.layout import Geometry
 from jeton.models import Encoder, VisionLanguage, adapt
 from jeton.models.registry import encoder_in
+from jeton.place import Lattice
 
 LANGUAGE = [name for name in tiny.BUILDERS if tiny.is_language(tiny.model(name))]
 ENCODERS = [name for name in tiny.BUILDERS if name not in LANGUAGE]
@@ -290,11 +291,13 @@ def test_parts_put_together_are_the_block(name: str) -> None:
         handle.remove()
     assert [call[0] for call in calls] == view.blocks
     for block, (x, *args), kwargs, own in calls:
-        parts = view.parts(block)
-        mixed = features_of(parts.attention(parts.norm1(x), *args, **view.handed(block, kwargs)))
+        parts, own = view.parts(block), features_of(own)
+        x, own = (each.flatten(1, 2) if view.maps else each for each in (x, own))
+        lattice = Lattice(tiny.SIDE, tiny.SIDE, view.window) if view.maps else None
+        mixed = features_of(view.attend(block, parts.attention, parts.norm1(x), lattice, tuple(args), view.handed(block, kwargs)))
         mine = x + parts.drop1(parts.scale1(mixed))
         mine = mine + parts.drop2(parts.scale2(parts.mlp(parts.norm2(mine))))
-        assert torch.allclose(mine, features_of(own), atol=1e-5)
+        assert torch.allclose(mine, own, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, "Dinov2Model-gated", "DINOv3ViTModel-gated", "Ovis2Model"])
@@ -327,7 +330,7 @@ def test_special_tokens_and_patches_add_up(name: str) -> None:
     assert patches == real
     prefixes = {"DeiTModel": 2, "Dinov2WithRegistersModel": 4, "SiglipVisionModel": 0, "Siglip2VisionModel": 0}
     prefixes |= {"IJepaModel": 0, "VideoMAEModel": 0, "DINOv3ViTModel": 3}
-    prefixes |= {"Aimv2VisionModel": 0}
+    prefixes |= {"Aimv2VisionModel": 0, "SamVisionEncoder": 0}
     prefixes |= {"VisionTransformer": 3, "VisionTransformerDistilled": 2}
     prefixes |= {"Idefics3VisionTransformer": 0, "SmolVLMVisionTransformer": 0}
     assert view.prefix == prefixes.get(name, 1) and view.has_class == (view.prefix > 0)
