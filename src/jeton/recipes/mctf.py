@@ -1,9 +1,9 @@
 """MCTF on the digits model: fine-tuned with fewer tokens, beside itself with more.
 
 90 steps of 32 images, two forwards each, with half of the 64 patches fused in every block but the first, so that two are left:
-10 s on one core (95 s where the machine was busy). It gained nothing here: 0.952 of the held-out digits with all tokens and 0.947 with two
-patches became 0.927 and 0.935 (the standard error of each is 0.011). The model loses next to nothing by fusing to begin with, so
-there is little to win back; longer training and other rates were not tried.
+10 s on one core (95 s where the machine was busy). It gained nothing here: 0.952 of the held-out digits with all tokens and 0.947
+with two patches became 0.927 and 0.935 (the standard error of each is 0.011). The model loses next to nothing by fusing to begin
+with, so there is little to win back; longer training and other rates were not tried.
 """
 
 from __future__ import annotations
