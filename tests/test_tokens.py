@@ -264,3 +264,12 @@ def test_tiles_chain_and_pick_rows():
     torch.testing.assert_close(made.then(half).mix(x), half.mix(made.mix(x)))
     again = made.tiles[torch.tensor([0, 0])]
     torch.testing.assert_close(again.mix(x.expand(2, -1, -1), 3), made.mix(x).expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_no_index_reaches_into_the_next_row(wrong: int) -> None:
+    """x is (2, 3, 1): 3 of the first row would be the first token of the second, -1 of the second the last of the first."""
+    x = torch.arange(6.0).view(2, 3, 1)
+    assert gather(x, torch.tensor([[2, 0], [1, 1]])).flatten().tolist() == [2, 0, 4, 4]
+    with pytest.raises(RuntimeError, match="out of bounds of its row"):
+        gather(x, torch.tensor([[0, wrong], [wrong, 0]]))
