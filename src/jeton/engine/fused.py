@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
 from ..ops import attention
 from ..tokens import Reduction, Tokens
-from .tap import Attention
+from .tap import Attention, add_bias
 
 Timed = Callable[[], AbstractContextManager[None]]
 
@@ -24,6 +25,7 @@ class MapAhead:
     scale: float | None = None
     map: Tensor | None = None
     reduction: Reduction | None = None
+    drops: bool = False
 
     def hear(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
         """Take queries (B, H, N, d) and keys of the tokens as they are."""
@@ -36,11 +38,17 @@ class MapAhead:
             self.map = attention.drawn(self.query, self.key, self.scale, self.mask)
             del self.query, self.key
 
+    def reduced(self, reduction: Reduction) -> None:
+        """One more reduction came in between. Only one that merges and comes alone is known to leave no token without a group."""
+        self.drops = reduction.is_drop or self.reduction is not None
+        self.reduction = reduction if self.reduction is None else self.reduction.then(reduction)
+
     def attend(self, original: Attention, value: Tensor, drop: float = 0.0, timed: Timed = nullcontext) -> Tensor:
         """(B, K, H, d) the map A of the N tokens there were, fused as they were, times values (B, H, K, d) of those there are.
 
         Columns of a group are added and rows mixed as features were, R A C V; C V is each token's group's value, so that A is
         used as it is, where it was drawn, or not stored: fast attention runs on the N tokens. Rows of what comes out are mixed.
+        What tokens that were dropped would have been given is shared by the others, as a softmax without them does.
         `timed` is around what merging adds to the block's own work.
         """
         assert self.reduction is not None
@@ -54,7 +62,14 @@ class MapAhead:
 
     def _through(self, original: Attention, each: Tensor, drop: float) -> Tensor:
         """(B, N, H, d) A times values of its own tokens; a drawn map is let go of."""
+        assert self.reduction is not None
+        gone = (self.reduction.assign < 0)[:, None, None] if self.drops else None
         if self.map is None:
-            return original(self.query, self.key, each, self.mask)[0]
+            hidden = None if gone is None else each.new_zeros(gone.shape).masked_fill(gone, torch.finfo(each.dtype).min)
+            mask = self.mask if hidden is None else add_bias(self.mask, hidden)
+            return original(self.query, self.key, each, mask)[0]
         drawn, self.map = self.map.to(each.dtype), None
+        if gone is not None:
+            drawn = drawn.masked_fill(gone, 0)
+            drawn = drawn / drawn.sum(-1, keepdim=True)
         return attention.mixed(dropout(drawn, drop), each).transpose(1, 2)

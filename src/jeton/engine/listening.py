@@ -133,7 +133,7 @@ class BlockListener(Listener):
     def reduced(self, reduction: Reduction) -> None:
         """The tokens in front of the block have changed."""
         if self.kept is not None:
-            self.kept.reduction = reduction if self.kept.reduction is None else self.kept.reduction.then(reduction)
+            self.kept.reduced(reduction)
 
     @contextmanager
     def ahead(self, module: nn.Module) -> Iterator[None]:
