@@ -31,7 +31,7 @@ class Looking(Dropping):
 @torch.no_grad()
 @pytest.mark.parametrize("heads", [1, 4])
 def test_tokens_that_leave_behind_the_look_get_no_attention(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The map of a method that merges nothing, on the tokens another one leaves, is the attention of these alone. With one head of
+    """The map of a method that merges nothing, on the tokens another one leaves, is that of these alone. With one head of
     32 channels the map of 50 tokens is drawn, with four of 8 it is not."""
     net = tiny.tiny_vit(num_attention_heads=heads)
     inputs, drawn = tiny.inputs_for(net), []
