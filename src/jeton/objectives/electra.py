@@ -47,11 +47,12 @@ class Electra(nn.Module):
     own projection). `share` is 0.15, or 0.25 for the large model. `disallow_correct` leaves the original token out of the draw.
 
     The paper's gain over a masked language model at equal steps shows here where the probe is near to what ELECTRA learns.
-    Encoders of two layers of width 64 read Python's language reference, 2000 steps of 40 rows of 22 characters; a linear probe on
-    their states then finds misprints with an area under the ROC curve of 0.84 for the discriminator, 0.73 for a masked language
-    model and 0.68 where the generator is as wide as the discriminator. Rows in which neighbours were swapped were told from
-    intact ones at 0.76 and 0.69 (two seeds) against 0.70 and 0.72, after 3000 steps with the second seed at 0.77 against 0.76: no
-    sure gain. There is none for the topic of a row (0.22 both; 0.22 against 0.29 after 600 steps on words).
+    Encoders of two layers of width 64 read Python's language reference, 2000 steps of 40 rows of 22 characters; a linear probe
+    on their states then finds misprints with an area under the ROC curve of 0.84, 0.81 and 0.83 (three seeds) for the
+    discriminator, 0.73, 0.71 and 0.72 for a masked language model and 0.68, 0.69 and 0.74 where the generator is as wide as
+    the discriminator. Rows in which neighbours were swapped were told from intact ones at 0.76 and 0.69 (two seeds) against
+    0.70 and 0.72, after 3000 steps with the second seed at 0.77 against 0.76: no sure gain. There is none for the topic of a
+    row (0.22 both; 0.22 against 0.29 after 600 steps on words).
 
     `forward(input_ids, attention_mask)` gives {"generator": ..., "discriminator": weight x ...}, which `jeton.train` adds.
     """
