@@ -15,6 +15,7 @@ FROM_ATTENTION = [
     ClassSimilarity(),
     ReceivedAttention(),
     AnchorAttention(threshold=0.01),
+    AnchorAttention(),
 ]
 
 
