@@ -14,7 +14,11 @@ from witness import watching
 import jeton
 import tiny
 from jeton.engine import apply
+from jeton.engine.flow import Step
+from jeton.engine.virtual import _followed
+from jeton.layout import Rows
 from jeton.models import adapt
+from jeton.tokens import Reduction
 
 LLAVA, NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
 
@@ -179,3 +183,11 @@ def test_flash_attention_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(net.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(jeton.Unsupported, match=r"dymu.*flash.*unmerge=False"):
         apply(net, "dymu").remove()
+
+
+def test_padding_of_an_image_with_fewer_tokens_says_nothing_of_those_it_repeats() -> None:
+    """Two images of 4 and 3 tokens, merged in pairs and 1 + 2; the second's padding repeats its first slot."""
+    before = Rows(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]]), torch.tensor([[True] * 4, [True] * 3 + [False]]))
+    merged = Reduction(torch.tensor([[0, 2], [0, 1]]), torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]), weight=torch.ones(2, 4))
+    step = Step(before, merged, 0, Rows(torch.tensor([[0, 2], [0, 1]]), None))
+    assert _followed(torch.tensor([[0, 1, 2, 3], [0, 1, 2, -1]]), step, 4).tolist() == [[0, 0, 2, 2], [0, 1, 1, -1]]
